@@ -1,0 +1,47 @@
+# make demo, make test and the others install into .venv first, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test check format format-check lint types contracts mnist oracle clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)  ## the whole path on handwritten digits, under a minute
+	$(BIN)/trajkit demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: format-check lint types contracts test  ## everything that a change has to pass
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+format-check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+contracts: $(INSTALLED)
+	$(BIN)/lint-imports
+
+mnist: $(INSTALLED)  ## record an MLP of 1.33 M weights on MNIST into .cache/mnist (about 4 minutes, once)
+	cd benchmarks && ../$(BIN)/python mnist_mlp.py ../.cache/mnist
+
+oracle: mnist  ## compare a fit of it with a float64 oracle
+	$(BIN)/python benchmarks/oracle.py .cache/mnist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

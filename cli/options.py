@@ -1,0 +1,38 @@
+"""The options that commands share, each once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+fit_option = click.option("--fit", "fit_name", metavar="NAME", help="A fit saved in the run.")
+
+
+class EpochRange(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """Epochs such as ``3``, ``0,5,9`` or ``10:40:5`` (from 10 up to, not including, 40)."""
+
+    name = "epochs"
+
+    def convert(self, value: str | list[int], param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Parse one option's value."""
+        if not isinstance(value, str):
+            return value
+        epochs: list[int] = []
+        try:
+            for part in value.split(","):
+                numbers = [int(number) for number in part.split(":")]
+                epochs += numbers if len(numbers) == 1 else range(*numbers)
+        except (ValueError, TypeError):
+            self.fail(f"{value!r} names no epochs; write 3, or 0,5,9, or 10:40, or 10:40:5", param, ctx)
+        return epochs
+
+
+epochs_option = click.option(
+    "--epochs",
+    type=EpochRange(),
+    help="Which epochs: 3, or 0,5,9, or 10:40 or 10:40:5 (40 not included). Default: all.",
+)

@@ -1,0 +1,72 @@
+"""trajkit: the trajectory of a training, recorded, decomposed into modes, and given back.
+
+>>> import trajkit
+>>> run = trajkit.open_run("data/digits")
+>>> fit = trajkit.fit(run, modes=10)
+>>> model.load_state_dict(fit.state_dict(epoch=39))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoints.importing import import_checkpoints
+    from .checkpoints.writing import write_checkpoint
+    from .decomposition import Decomposition
+    from .errors import TrajkitError
+    from .estimator import CMD
+    from .kernels.clustering import DistanceCut
+    from .layout import ParameterLayout
+    from .pipeline import fit
+    from .run import Run, RunWriter, load_weights, open_run
+    from .training.evaluate import evaluate
+    from .training.recorder import Recorder
+
+# Loaded when first asked for: torch, zarr and scikit-learn take seconds to import, and nobody needs them all.
+_HOMES = {
+    "CMD": "estimator",
+    "Decomposition": "decomposition",
+    "DistanceCut": "kernels.clustering",
+    "ParameterLayout": "layout",
+    "Recorder": "training.recorder",
+    "Run": "run",
+    "RunWriter": "run",
+    "TrajkitError": "errors",
+    "evaluate": "training.evaluate",
+    "fit": "pipeline",
+    "import_checkpoints": "checkpoints.importing",
+    "load_weights": "run",
+    "open_run": "run",
+    "write_checkpoint": "checkpoints.writing",
+}
+
+__all__ = [
+    "CMD",
+    "Decomposition",
+    "DistanceCut",
+    "ParameterLayout",
+    "Recorder",
+    "Run",
+    "RunWriter",
+    "TrajkitError",
+    "evaluate",
+    "fit",
+    "import_checkpoints",
+    "load_weights",
+    "open_run",
+    "write_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trajkit' has no attribute '{name}'")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Foreign checkpoint files in and out; one file per format."""

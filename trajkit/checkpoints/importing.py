@@ -1,0 +1,90 @@
+"""Recording from checkpoint files that a training left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from ..run import NonFinite, PathLike, RunWriter
+from ..vector import flatten, layout_of
+from .reading import read_checkpoint
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A checkpoint file and the epoch it is recorded as; `new` is False where that epoch was recorded before."""
+
+    path: Path
+    epoch: int
+    new: bool
+
+
+def import_checkpoints(
+    run: PathLike,
+    files: Sequence[PathLike],
+    first_epoch: int | None = None,
+    fsync: bool = True,
+    nonfinite: NonFinite = "raise",
+    progress: Callable[[Imported], None] | None = None,
+) -> list[Imported]:
+    """Record checkpoint files into a run, which is made if there is none; epochs recorded already are skipped.
+
+    first_epoch: number the files from here on in natural order of their names; by default an epoch is the number in
+    the file's name, see `epochs_of`. progress: called after each file.
+
+    Raises `InputError` or `LayoutError` naming the file that cannot be recorded; the files before it are.
+    """
+    done: list[Imported] = []
+    with RunWriter(run, fsync=fsync, nonfinite=nonfinite) as writer:
+        for epoch, path in epochs_of([Path(file) for file in files], first_epoch).items():
+            imported = Imported(path, epoch, new=epoch not in writer.epochs)
+            if imported.new:
+                _record(writer, path, epoch)
+            done.append(imported)
+            if progress is not None:
+                progress(imported)
+    return done
+
+
+def epochs_of(paths: Sequence[Path], first_epoch: int | None = None) -> dict[int, Path]:
+    """Epoch -> file, rising.
+
+    An epoch is the number after "epoch" in the file's name, else the last number in it. Raises `InputError` where a
+    name has no number, or where two files would be the same epoch; `first_epoch` is the way out.
+    """
+    if first_epoch is not None:
+        ordered = sorted(paths, key=lambda path: [int(part) if part.isdigit() else part for part in _parts(path)])
+        return dict(enumerate(ordered, start=first_epoch))
+    epochs: dict[int, Path] = {}
+    for path in paths:
+        found = re.search(r"epoch\D{0,3}?(\d+)", path.stem, re.IGNORECASE) or re.search(r"(\d+)\D*$", path.stem)
+        if found is None:
+            raise InputError(f"{path}: expected the epoch's number in the name, found none; number with --first-epoch")
+        epoch = int(found[1])
+        if epoch in epochs:
+            raise InputError(
+                f"{path}: its name says epoch {epoch}, and so does {epochs[epoch]}; number with --first-epoch"
+            )
+        epochs[epoch] = path
+    return dict(sorted(epochs.items()))
+
+
+def _record(writer: RunWriter, path: Path, epoch: int) -> None:
+    writer.require_next(epoch)
+    tensors = read_checkpoint(path)
+    known = writer.layout
+    parameters = None if known is None else {name for entry in known.weights for name in entry.names}
+    try:
+        layout = layout_of(tensors, parameters)
+        weights, buffers = flatten(layout, tensors)
+        writer.append(layout, epoch, weights, buffers)
+    except InputError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _parts(path: Path) -> list[str]:
+    """The name cut into text and numbers, always text first, so that names compare naturally."""
+    return re.split(r"(\d+)", path.name)

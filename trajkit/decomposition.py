@@ -1,0 +1,157 @@
+"""A fit of CMD to a run: which mode each weight follows, and how; and the weights that it models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .kernels.affine import References
+from .store.fits import StoredFit
+from .tensors import to_tensors
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How much of a group of weights' motion a fit gives back. Sums over weights of Σ(w - mean)² over the epochs."""
+
+    weights: int
+    variation: float
+    explained: float
+
+    @property
+    def variance_explained(self) -> float:
+        """Share of the variation, in [0, 1]; 1 where nothing moves."""
+        return self.explained / self.variation if self.variation > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A saved fit of M modes to N weights over e epochs of a run.
+
+    ``w_i(t) ≈ scale_i · r_mode(i)(t) + offset_i`` with r the reference trajectories. Arrays over all weights are read
+    from the archive when first asked for, and kept; `modelled` works on a slice and keeps nothing.
+    """
+
+    run: Run
+    stored: StoredFit
+
+    def __repr__(self) -> str:
+        return f"Decomposition('{self.name}' of {self.run!r}, {self.n_modes} modes)"
+
+    @property
+    def name(self) -> str:
+        """The name under which the run keeps it."""
+        return self.stored.name
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that was chosen: modes, samples, sampling, seed, and the version of trajkit."""
+        settings: Mapping[str, Any] = self.stored.attributes["settings"]
+        return settings
+
+    @property
+    def n_modes(self) -> int:
+        """M; may be fewer than asked for where the sample has fewer clusters."""
+        return len(self.stored.attributes["modes"])
+
+    @cached_property
+    def epochs(self) -> NDArray[np.int64]:
+        """(e,) labels of the fitted epochs, rising."""
+        return np.array(self.stored.attributes["epochs"], dtype=np.int64)
+
+    @cached_property
+    def mode(self) -> NDArray[np.uint16]:
+        """(N,) mode of each weight, 0 … M-1; modes are numbered by falling size of their cluster."""
+        return self.stored.read("mode")
+
+    @cached_property
+    def scale(self) -> NDArray[np.float32]:
+        """(N,) a."""
+        return self.stored.read("scale")
+
+    @cached_property
+    def mean(self) -> NDArray[np.float64]:
+        """(N,) mean of each weight over the fitted epochs."""
+        return self.stored.read("mean")
+
+    @cached_property
+    def offset(self) -> NDArray[np.float64]:
+        """(N,) b, in float64: with float32 a·r + b would cancel where a reference's mean is far above its motion."""
+        return self.mean - self.scale.astype(np.float64) * self._references.mean[self.mode]
+
+    @cached_property
+    def correlation(self) -> NDArray[np.float32]:
+        """(N,) signed Pearson correlation of each weight with its mode's reference; 0 for a constant weight."""
+        return self.stored.read("correlation")
+
+    @cached_property
+    def reference(self) -> NDArray[np.float32]:
+        """(e, M) reference trajectories over the fitted epochs."""
+        return self.stored.read("reference")
+
+    @cached_property
+    def reference_index(self) -> NDArray[np.int64]:
+        """(M,) which weights the references are."""
+        return self.stored.read("reference_index")
+
+    @cached_property
+    def sample_index(self) -> NDArray[np.int64]:
+        """(K,) rising indices of the weights that the clusters were found on."""
+        return self.stored.read("sample_index")
+
+    @cached_property
+    def quality(self) -> Quality:
+        """Quality over all weights."""
+        parts = self.quality_by_mode
+        return Quality(*(sum(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+
+    @cached_property
+    def quality_by_tensor(self) -> dict[str, Quality]:
+        """Quality of each weight tensor."""
+        return {name: Quality(*values) for name, values in self.stored.attributes["tensors"].items()}
+
+    @cached_property
+    def quality_by_mode(self) -> tuple[Quality, ...]:
+        """Quality of each mode's weights; the sizes of the modes stand here too."""
+        return tuple(Quality(*values) for values in self.stored.attributes["modes"])
+
+    @cached_property
+    def _references(self) -> References:
+        return References(self.reference)
+
+    def reference_at(self, epochs: Iterable[int]) -> NDArray[np.float32]:
+        """(k, M) reference values at any recorded epochs, also those that were not fitted."""
+        rows = np.array([self.run.row_of(epoch) for epoch in epochs], dtype=np.int64)
+        return self.run.columns(self.reference_index, rows)
+
+    def modelled(self, epochs: Iterable[int], start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """(k, n) modelled values of the weights ``start : stop`` at recorded epochs, without reading the weights.
+
+        Raises `UnknownNameError` for an epoch that is not recorded, `DamagedRunError` for a damaged fit.
+        """
+        mode = self.stored.read("mode", start, stop)
+        scale = self.stored.read("scale", start, stop)
+        modelled = (self.reference_at(epochs) - self._references.mean)[:, mode]
+        modelled *= scale
+        modelled += self.stored.read("mean", start, stop)
+        return modelled.astype(np.float32)
+
+    def trajectory(self, name: str, epochs: Iterable[int] | None = None) -> NDArray[np.float32]:
+        """(e, *shape) modelled trajectory of one weight tensor over the fitted epochs, or the given recorded ones."""
+        entry = self.run.layout[name]
+        chosen = self.epochs if epochs is None else list(epochs)
+        return self.modelled(chosen, entry.offset, entry.stop).reshape(len(chosen), *entry.shape)
+
+    def state_dict(self, epoch: int) -> dict[str, Any]:
+        """Name -> `torch.Tensor` of the modelled weights at a recorded epoch, buffers as recorded then."""
+        layout = self.run.layout
+        vector = self.modelled([epoch])[0]
+        return to_tensors(layout, layout.split(vector, layout.weights) | self.run.stored_buffers(epoch))

@@ -1,0 +1,46 @@
+"""What goes wrong, by kind. Every error is a `TrajkitError` and also the builtin one would expect.
+
+A message says where, what was expected, what was found and the cure, in one line.
+"""
+
+from __future__ import annotations
+
+
+class TrajkitError(Exception):
+    """Base of every error that trajkit raises on purpose."""
+
+
+class InputError(TrajkitError, ValueError):
+    """An argument, a model or a file is not what the call can work with."""
+
+
+class UnknownNameError(TrajkitError, LookupError):
+    """A run has no such epoch, tensor, fit or evaluation."""
+
+
+class LayoutError(InputError):
+    """Tensors do not match the layout of the run they are meant for."""
+
+
+class RunNotFoundError(TrajkitError, FileNotFoundError):
+    """There is no run at the path, or no epoch was committed to it yet."""
+
+
+class PathExistsError(TrajkitError, FileExistsError):
+    """Something is in the way, and trajkit never overwrites unasked."""
+
+
+class RunLockedError(TrajkitError, BlockingIOError):
+    """Another writer holds the run."""
+
+
+class DamagedRunError(TrajkitError, OSError):
+    """A stored object is missing, has another length, or does not decode."""
+
+
+class UnsupportedFormatError(TrajkitError, OSError):
+    """The archive was written in a format that this version does not read."""
+
+
+class MissingExtraError(TrajkitError, ImportError):
+    """An optional dependency is not installed."""

@@ -1,0 +1,132 @@
+"""CMD as a scikit-learn estimator, for trajectories that fit in memory."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from .errors import InputError
+from .kernels.affine import References, fit_block
+from .kernels.clustering import DistanceCut, choose_references, cluster
+from .kernels.correlation import correlation_matrix
+from .kernels.sampling import draw_by_variance
+
+
+class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Correlation Mode Decomposition of a matrix of trajectories (Brokman et al. 2024, section 3.1).
+
+    The same kernels as `trajkit.fit`, which works on recorded runs of any size; the same `sample_index` gives the same
+    decomposition.
+
+    Parameters
+    ----------
+    n_modes : int or DistanceCut, default 10
+        M, the largest number of modes, or a cut of the cluster tree.
+    n_samples : int, default 1000
+        K, how many weights the clusters are found on; all if there are fewer.
+    sampling : {"uniform", "variance"}, default "uniform"
+        "variance" draws with probability ∝ exp(standard deviation over time).
+    sample_index : array of int, optional
+        The weights to find the clusters on; `n_samples`, `sampling` and `random_state` do not apply then.
+    random_state : int, RandomState or None, default None
+        Of the sampling.
+
+    Attributes
+    ----------
+    labels_ : (N,) mode of each weight
+    scale_, offset_ : (N,) with w(t) ≈ scale · reference(t) + offset
+    correlation_ : (N,) signed, with the mode's reference
+    references_ : (E, M) reference trajectories
+    reference_indices_ : (M,) which rows of X they are
+    sample_indices_ : (K,) rows of X that the clusters were found on
+    """
+
+    def __init__(
+        self,
+        n_modes: int | DistanceCut = 10,
+        n_samples: int = 1000,
+        *,
+        sampling: str = "uniform",
+        sample_index: ArrayLike | None = None,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.n_modes = n_modes
+        self.n_samples = n_samples
+        self.sampling = sampling
+        self.sample_index = sample_index
+        self.random_state = random_state
+
+    def fit(self, X: ArrayLike, y: None = None) -> Self:  # noqa: ARG002 (scikit-learn passes it)
+        """Fit to trajectories X (N weights, E epochs); N ≥ 1, E ≥ 2, all finite."""
+        values = self._trajectories(X, reset=True)
+        if not isinstance(self.n_modes, DistanceCut) and self.n_modes < 1:
+            raise InputError(f"n_modes is {self.n_modes}, expected at least 1; use 10")
+        self.sample_indices_ = self._sample(values)
+        sampled = values[self.sample_indices_].T
+        magnitude = np.abs(correlation_matrix(sampled))
+        chosen = choose_references(magnitude, cluster(magnitude, self.n_modes))
+        self.reference_indices_ = self.sample_indices_[chosen]
+        self.references_ = sampled[:, chosen]
+        fitted = fit_block(values.T, References(self.references_))
+        self.labels_ = fitted.mode.astype(np.int64)
+        self.scale_ = fitted.scale
+        self.mean_ = fitted.mean
+        self.correlation_ = fitted.correlation
+        return self
+
+    @property
+    def offset_(self) -> NDArray[np.float64]:
+        """(N,) b = mean - a · mean(r), in float64."""
+        return self.mean_ - self.scale_.astype(np.float64) * References(self.references_).mean[self.labels_]
+
+    def transform(self, X: ArrayLike) -> NDArray[np.float64]:
+        """(n, 3) mode, scale and offset of trajectories X (n, E) over the fitted epochs."""
+        check_is_fitted(self)
+        references = References(self.references_)
+        fitted = fit_block(self._trajectories(X, reset=False).T, references)
+        offset = fitted.mean - fitted.scale.astype(np.float64) * references.mean[fitted.mode]
+        return np.column_stack([fitted.mode, fitted.scale, offset])
+
+    def inverse_transform(self, X: ArrayLike) -> NDArray[np.float64]:
+        """(n, E) modelled trajectories from `transform`'s (n, 3) mode, scale and offset."""
+        check_is_fitted(self)
+        fitted = np.asarray(X, dtype=np.float64)
+        if fitted.ndim != 2 or fitted.shape[1] != 3:
+            raise InputError(f"X has shape {fitted.shape}, expected (n, 3) of mode, scale, offset; pass transform(X)")
+        return self.references_.T[fitted[:, 0].astype(np.int64)] * fitted[:, 1:2] + fitted[:, 2:3]
+
+    def reconstruct(self) -> NDArray[np.float64]:
+        """(N, E) modelled trajectories of the weights that were fitted."""
+        check_is_fitted(self)
+        references = References(self.references_)
+        centred = (self.references_ - references.mean).T
+        return centred[self.labels_] * self.scale_[:, None] + self.mean_[:, None]
+
+    def _trajectories(self, X: ArrayLike, reset: bool) -> NDArray[np.floating]:
+        values: NDArray[np.floating] = validate_data(
+            self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_features=2
+        )
+        return values
+
+    def _sample(self, values: NDArray[np.floating]) -> NDArray[np.int64]:
+        n = len(values)
+        if self.sample_index is not None:
+            return np.unique(np.asarray(self.sample_index, dtype=np.int64))
+        if self.n_samples < 1:
+            raise InputError(f"n_samples is {self.n_samples}, expected at least 1; use 1000")
+        rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
+        if self.sampling == "variance":
+            return draw_by_variance(values.std(axis=1, dtype=np.float64), self.n_samples, np.arange(n), rng)
+        if self.sampling == "uniform":
+            return np.sort(rng.choice(n, size=min(self.n_samples, n), replace=False)).astype(np.int64)
+        raise InputError(f"sampling is {self.sampling!r}, expected 'uniform' or 'variance'; choose one")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = []
+        return tags

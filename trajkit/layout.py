@@ -1,0 +1,251 @@
+"""The one truth on the order of the flat vector: which value of which tensor stands where.
+
+Weights are concatenated in the model's own order into one float32 vector of N values. Buffers (BatchNorm
+statistics, counters, masks) are kept exactly, in one vector per stored dtype. A tied tensor stands once and lists
+its other names as aliases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .digest import canonical_json, digest
+from .errors import LayoutError, UnknownNameError
+
+Kind = Literal["weight", "buffer"]
+
+# Original dtype -> the NumPy dtype it is stored in. float16 and bfloat16 are exact in float32, and Zarr 3.1 has no
+# bfloat16. Weights are always float32; only buffers use the other rows.
+STORED_DTYPE: Mapping[str, str] = {
+    "float16": "float32",
+    "bfloat16": "float32",
+    "float32": "float32",
+    "float64": "float64",
+    "int8": "int8",
+    "int16": "int16",
+    "int32": "int32",
+    "int64": "int64",
+    "uint8": "uint8",
+    "uint16": "uint16",
+    "uint32": "uint32",
+    "uint64": "uint64",
+    "bool": "bool",
+}
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+ITEMSIZE: Mapping[str, int] = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name in STORED_DTYPE}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor and its place: values ``offset : offset + size`` of its vector, in C order.
+
+    `offset` is given by `ParameterLayout.of`. `trainable` is what held when the run began; it is not part of the
+    identity of a layout, since layers are frozen and thawed during a training.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    offset: int = 0
+    trainable: bool = field(default=True, compare=False)
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of values; a 0-d tensor has one."""
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        """Where the next tensor of the vector begins."""
+        return self.offset + self.size
+
+    @property
+    def vector(self) -> str:
+        """The vector it stands in: ``"weights"``, or the stored dtype of a buffer."""
+        return "weights" if self.kind == "weight" else STORED_DTYPE[self.dtype]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and its aliases."""
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Order, shapes and dtypes of all recorded tensors; equal layouts have equal `digest`s."""
+
+    tensors: tuple[TensorEntry, ...]
+
+    @classmethod
+    def of(cls, tensors: Iterable[TensorEntry]) -> ParameterLayout:
+        """Give each tensor its place, in the order given.
+
+        Raises `LayoutError` for a dtype that cannot be recorded, a name used twice, or a model without weights.
+        """
+        ends: dict[str, int] = {}
+        entries: list[TensorEntry] = []
+        seen: set[str] = set()
+        for tensor in tensors:
+            recordable = FLOATING if tensor.kind == "weight" else tuple(STORED_DTYPE)
+            if tensor.dtype not in recordable:
+                raise LayoutError(
+                    f"'{tensor.name}' is {tensor.dtype}, a {tensor.kind} can be recorded as {', '.join(recordable)};"
+                    " convert it or leave it out"
+                )
+            for name in tensor.names:
+                if name in seen:
+                    raise LayoutError(f"'{name}' appears twice, tensor names must be unique; rename one")
+                seen.add(name)
+            placed = replace(tensor, offset=ends.get(tensor.vector, 0))
+            ends[placed.vector] = placed.stop
+            entries.append(placed)
+        if ends.get("weights", 0) == 0:
+            raise LayoutError("the model has no weights, expected at least one parameter; nothing to record")
+        return cls(tuple(entries))
+
+    @cached_property
+    def weights(self) -> tuple[TensorEntry, ...]:
+        """The tensors of the flat weight vector, in its order."""
+        return tuple(entry for entry in self.tensors if entry.kind == "weight")
+
+    @cached_property
+    def buffers(self) -> tuple[TensorEntry, ...]:
+        """The other tensors, in the model's order."""
+        return tuple(entry for entry in self.tensors if entry.kind == "buffer")
+
+    @cached_property
+    def n_weights(self) -> int:
+        """N, the length of the flat weight vector."""
+        return max(entry.stop for entry in self.weights)
+
+    @cached_property
+    def buffer_sizes(self) -> dict[str, int]:
+        """Stored dtype -> number of buffer values kept in it; dtypes without a value are left out."""
+        sizes: dict[str, int] = {}
+        for entry in self.buffers:
+            sizes[entry.vector] = max(entry.stop, sizes.get(entry.vector, 0))
+        return {dtype: size for dtype, size in sizes.items() if size}
+
+    @cached_property
+    def _by_name(self) -> dict[str, TensorEntry]:
+        return {name: entry for entry in self.tensors for name in entry.names}
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            known = ", ".join(list(self._by_name)[:8])
+            raise UnknownNameError(f"no tensor '{name}' in the layout; it has {known}, …") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def names(self) -> Iterator[str]:
+        """All names, aliases included."""
+        return iter(self._by_name)
+
+    def weight_at(self, index: int) -> str:
+        """The name of the tensor that holds weight `index` of the flat vector."""
+        stops = [entry.stop for entry in self.weights]
+        return self.weights[int(np.searchsorted(stops, index, side="right"))].name
+
+    @cached_property
+    def weight_bounds(self) -> NDArray[np.int64]:
+        """(L + 1,) boundaries of the L weight tensors in the flat vector."""
+        return np.array([0, *(entry.stop for entry in self.weights)], dtype=np.int64)
+
+    def split(self, vector: NDArray[Any], entries: Iterable[TensorEntry]) -> dict[str, NDArray[Any]]:
+        """Views of `vector` (n,) under the name of each entry, in its shape."""
+        return {entry.name: vector[entry.offset : entry.stop].reshape(entry.shape) for entry in entries}
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain values, the form in which a run keeps its layout."""
+        return [
+            {
+                "name": entry.name,
+                "shape": list(entry.shape),
+                "dtype": entry.dtype,
+                "kind": entry.kind,
+                "offset": entry.offset,
+                "trainable": entry.trainable,
+                "aliases": list(entry.aliases),
+            }
+            for entry in self.tensors
+        ]
+
+    @classmethod
+    def from_json(cls, document: Any) -> ParameterLayout:
+        """Read `to_json`'s form; raises `LayoutError` if it is none, or its offsets do not follow from the shapes."""
+        try:
+            stored = [
+                TensorEntry(
+                    name=_checked(item["name"], str),
+                    shape=tuple(_natural(length) for length in item["shape"]),
+                    dtype=_checked(item["dtype"], str),
+                    kind=item["kind"],
+                    trainable=_checked(item["trainable"], bool),
+                    aliases=tuple(_checked(alias, str) for alias in item["aliases"]),
+                )
+                for item in document
+            ]
+            if any(tensor.kind not in ("weight", "buffer") for tensor in stored):
+                raise ValueError("a tensor is neither weight nor buffer")
+            layout = cls.of(stored)
+            if [entry.offset for entry in layout.tensors] != [item["offset"] for item in document]:
+                raise ValueError("the offsets do not follow from the shapes")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise LayoutError(
+                f"the stored layout is not a layout ({error}); the run is damaged, restore its zarr.json from a copy"
+            ) from error
+        return layout
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the layout, 64 hexadecimal digits."""
+        identity = [{key: item[key] for key in item if key != "trainable"} for item in self.to_json()]
+        return digest(canonical_json(identity))
+
+
+def require_same_layout(found: ParameterLayout, expected: ParameterLayout, where: str) -> None:
+    """Raise `LayoutError` naming the first tensor of `found` that differs from the run's `expected` layout."""
+    if found == expected:
+        return
+    cure = "record into a new run"
+    for name in expected.names():
+        if name not in found:
+            raise LayoutError(f"{where}: '{name}' is missing, the run has it; {cure}")
+    for entry in found.tensors:
+        for name in entry.names:
+            if name not in expected:
+                raise LayoutError(f"{where}: '{name}' is new, the run does not have it; {cure}")
+        there = expected[entry.name]
+        for what, mine, theirs in (
+            ("shape", entry.shape, there.shape),
+            ("dtype", entry.dtype, there.dtype),
+            ("kind", entry.kind, there.kind),
+            ("names", sorted(entry.names), sorted(there.names)),
+        ):
+            if mine != theirs:
+                raise LayoutError(f"{where}: '{entry.name}' has {what} {mine}, the run has {theirs}; {cure}")
+    raise LayoutError(f"{where}: the tensors are in another order than in the run; {cure}")
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not {kind.__name__}")
+    return value
+
+
+def _natural(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a length")
+    return value

@@ -1,0 +1,286 @@
+"""A run: the recorded trajectory of one training. `Run` reads it, `RunWriter` appends epochs to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .decomposition import Decomposition
+from .errors import InputError, UnknownNameError
+from .kernels.sampling import balanced_counts, draw
+from .layout import ParameterLayout, TensorEntry, require_same_layout
+from .store.archive import Archive
+from .store.evaluations import Evaluation, read_evaluations
+from .store.fits import fit_names, open_fit
+from .store.format import PROBE, PROBE_INDEX, PROBE_SIZE, WEIGHTS, buffer_path
+from .store.writer import open_writer
+from .tensors import to_tensors
+from .trajectories import Trajectories
+
+PathLike = str | os.PathLike[str]
+NonFinite = Literal["raise", "record"]
+
+
+def open_run(path: PathLike) -> Run:
+    """Open the run in a directory for reading; epochs that are recorded later are seen by opening it again.
+
+    Raises `RunNotFoundError` where there is no run or no epoch yet, `UnsupportedFormatError` for another format,
+    `DamagedRunError` where its metadata is damaged.
+    """
+    return Run(Archive.open(Path(path)))
+
+
+def load_weights(run: Run | PathLike, epoch: int, fit: str | None = None) -> dict[str, Any]:
+    """Name -> `torch.Tensor` of an epoch, as recorded or as modelled by a saved `fit`, for `Module.load_state_dict`.
+
+    Buffers are those recorded at the epoch. Raises `UnknownNameError` for an epoch or fit that does not exist.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    return run.state_dict(epoch) if fit is None else run.fit(fit).state_dict(epoch)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The recorded trajectory of one training: E epochs of N weights, and the buffers beside them."""
+
+    archive: Archive
+
+    def __repr__(self) -> str:
+        return f"Run('{self.path}', {len(self.epochs)} epochs, {self.layout.n_weights} weights)"
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return self.archive.objects.root
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Names, shapes, dtypes and places of the recorded tensors."""
+        return self.archive.layout
+
+    @cached_property
+    def epochs(self) -> NDArray[np.int64]:
+        """(E,) recorded labels, rising."""
+        return np.array([record.epoch for record in self.archive.records], dtype=np.int64)
+
+    @cached_property
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Epoch -> the metrics recorded with it."""
+        return {record.epoch: dict(record.metrics) for record in self.archive.records}
+
+    @cached_property
+    def weights(self) -> Trajectories:
+        """The (E, N) float32 trajectory matrix, read where it is indexed; NumPy and dask take it as it is."""
+        return Trajectories(self.archive)
+
+    @cached_property
+    def probe_index(self) -> NDArray[np.int64]:
+        """(P,) rising indices of the weights whose values are kept once more in a small row each epoch."""
+        index: NDArray[np.int64] = self.archive.read_vector(PROBE_INDEX)
+        return index
+
+    def row_of(self, epoch: int) -> int:
+        """Position of a recorded epoch; raises `UnknownNameError` naming the nearest ones."""
+        row = int(np.searchsorted(self.epochs, epoch))
+        if row == len(self.epochs) or self.epochs[row] != epoch:
+            near = ", ".join(str(label) for label in self.epochs[max(row - 2, 0) : row + 2])
+            raise UnknownNameError(f"{self.path}: no epoch {epoch}; the run has {len(self.epochs)}, nearest: {near}")
+        return row
+
+    def rows_of(self, epochs: Iterable[int] | None) -> NDArray[np.int64]:
+        """(e,) rising positions of the given epochs, of all when None; raises `InputError` for one named twice."""
+        if epochs is None:
+            return np.arange(len(self.epochs), dtype=np.int64)
+        rows = np.array(sorted(self.row_of(int(epoch)) for epoch in epochs), dtype=np.int64)
+        if np.any(np.diff(rows) == 0):
+            twice = self.epochs[rows[:-1][np.diff(rows) == 0][0]]
+            raise InputError(f"epoch {twice} is named twice, expected each once; name it once")
+        return rows
+
+    def columns(self, index: NDArray[np.int64], rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """(len(rows), k) trajectories of single weights: from the probe if it has them all, else chunk by chunk."""
+        places = np.searchsorted(self.probe_index, index)
+        inside = places < self.probe_index.size
+        if inside.all() and np.array_equal(self.probe_index[places], index):
+            probe: NDArray[np.float32] = self.archive.read(PROBE, rows, (0, self.probe_index.size))
+            return probe[:, places]
+        return self.weights.gather(rows, index)
+
+    def trajectory(self, name: str, epochs: Iterable[int] | None = None) -> NDArray[Any]:
+        """(E, *shape) values of one tensor, weight or buffer, over all epochs or the given ones.
+
+        float32 for weights (float16 and bfloat16 are exact in it), the stored dtype for buffers.
+        """
+        entry, rows = self.layout[name], self.rows_of(epochs)
+        values = self.archive.read(_path(entry), rows, (entry.offset, entry.stop))
+        return values.reshape(len(rows), *entry.shape)
+
+    def checkpoint(self, epoch: int) -> dict[str, NDArray[Any]]:
+        """Name -> array of every tensor at an epoch, aliases of tied tensors included (they share memory).
+
+        Arrays have the original dtype; bfloat16, which NumPy lacks, is given as float32.
+        """
+        arrays = self._recorded(epoch)
+        originals = {entry: _original(arrays[entry.name], entry) for entry in self.layout.tensors}
+        return {name: array for entry, array in originals.items() for name in entry.names}
+
+    def state_dict(self, epoch: int) -> dict[str, Any]:
+        """Name -> `torch.Tensor` of every tensor at an epoch as recorded, for `Module.load_state_dict`."""
+        return to_tensors(self.layout, self._recorded(epoch))
+
+    def _recorded(self, epoch: int) -> dict[str, NDArray[Any]]:
+        vector = self.weights[self.row_of(epoch)]
+        return self.layout.split(vector, self.layout.weights) | self.stored_buffers(epoch)
+
+    def stored_buffers(self, epoch: int) -> dict[str, NDArray[Any]]:
+        """Name -> array of every buffer at an epoch, in its stored dtype and shape."""
+        row = self.row_of(epoch)
+        arrays: dict[str, NDArray[Any]] = {}
+        for dtype, size in self.layout.buffer_sizes.items():
+            vector = self.archive.read(buffer_path(dtype), [row], (0, size))[0]
+            arrays |= self.layout.split(vector, [entry for entry in self.layout.buffers if entry.vector == dtype])
+        empty = {entry.name: np.empty(entry.shape, entry.vector) for entry in self.layout.buffers if entry.size == 0}
+        return arrays | empty
+
+    @property
+    def fits(self) -> tuple[str, ...]:
+        """Names of the saved fits, in order of name."""
+        return fit_names(self.archive.objects)
+
+    def fit(self, name: str) -> Decomposition:
+        """A saved fit; raises `UnknownNameError` naming those that exist."""
+        return Decomposition(self, open_fit(self.archive.objects, name))
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """The saved evaluations, oldest first."""
+        return read_evaluations(self.archive.objects)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk, fits and evaluations included."""
+        return sum(self.archive.objects.size(key) or 0 for key in self.archive.objects.keys(""))
+
+    @property
+    def epoch_bytes(self) -> int:
+        """Bytes that the last epoch takes on disk."""
+        return self.archive.records[-1].size
+
+
+class RunWriter:
+    """Appends epochs to a run, which is made with the first one. One writer at a time; a context manager.
+
+    Raises `RunLockedError` while another writer holds the run, and `PathExistsError` where `path` holds something else.
+    With `fsync`, an epoch that `append` returned from survives a power cut; without, a killed process.
+    `nonfinite` says what becomes of an epoch with NaN or infinite weights: ``"raise"`` refuses it.
+    """
+
+    def __init__(self, path: PathLike, fsync: bool = True, nonfinite: NonFinite = "raise") -> None:
+        if nonfinite not in ("raise", "record"):
+            raise InputError(f"nonfinite is {nonfinite!r}, expected 'raise' or 'record'; choose one")
+        self.path = Path(path)
+        self._nonfinite = nonfinite
+        self._writer = open_writer(self.path, fsync=fsync)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the run back to other writers. Every acknowledged epoch is safe already."""
+        self._writer.close()
+
+    @property
+    def layout(self) -> ParameterLayout | None:
+        """The run's layout, None before its first epoch."""
+        return self._writer.layout
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The recorded epochs, rising."""
+        return tuple(record.epoch for record in self._writer.records)
+
+    def append(
+        self,
+        layout: ParameterLayout,
+        epoch: int,
+        weights: NDArray[np.float32],
+        buffers: Mapping[str, NDArray[Any]],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record one epoch: `weights` (N,) and `buffers`, stored dtype -> (size,), as `layout` places them.
+
+        The epoch is recorded when this returns. Raises `LayoutError` where `layout` is not the run's, and
+        `InputError` for an epoch that is not later than the last one, or for NaN or infinite weights.
+        """
+        label = self.require_next(epoch)
+        known = self.layout
+        if known is not None:
+            require_same_layout(layout, known, f"{self.path}: epoch {label}")
+        if self._nonfinite == "raise":
+            _require_finite(layout, weights, f"{self.path}: epoch {label}")
+        probe_index = _draw_probe(layout) if known is None else self._probe_index
+        self._writer.append(layout, label, weights, buffers, probe_index, _plain(metrics or {}))
+
+    def require_next(self, epoch: int) -> int:
+        """`epoch` as an integer, if it can be recorded next; raises `InputError`."""
+        if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
+            raise InputError(f"{self.path}: epoch is {epoch!r}, expected an integer; pass the number of the epoch")
+        label = int(epoch)
+        last = self.epochs[-1] if self.epochs else None
+        if last is not None and label <= last:
+            state = "is recorded already" if label in self.epochs else f"comes before the last one, {last}"
+            raise InputError(f"{self.path}: epoch {label} {state}; go on after epoch {last} or record into a new run")
+        return label
+
+    @cached_property
+    def _probe_index(self) -> NDArray[np.int64]:
+        return open_run(self.path).probe_index
+
+
+def _draw_probe(layout: ParameterLayout) -> NDArray[np.int64]:
+    """The probe of a new run: a balanced sample of up to 16384 weights, the same for equal layouts."""
+    bounds = layout.weight_bounds
+    return draw(balanced_counts(np.diff(bounds), PROBE_SIZE), bounds, np.random.default_rng(0))
+
+
+def _require_finite(layout: ParameterLayout, weights: NDArray[np.float32], where: str) -> None:
+    finite = np.isfinite(weights)
+    if finite.all():
+        return
+    first = int(np.argmin(finite))
+    raise InputError(
+        f"{where}: '{layout.weight_at(first)}' has {weights[first]} ({weights.size - int(finite.sum())} of"
+        f" {weights.size} weights are not finite), expected finite weights; record with nonfinite='record' to keep them"
+    )
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as floats: numbers and 0-d arrays or tensors are taken."""
+    plain: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            plain[str(name)] = float(value.item() if hasattr(value, "item") else value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"metric '{name}' is {value!r}, expected a number; pass a float") from error
+    return plain
+
+
+def _path(entry: TensorEntry) -> str:
+    return WEIGHTS if entry.kind == "weight" else buffer_path(entry.vector)
+
+
+def _original(array: NDArray[Any], entry: TensorEntry) -> NDArray[Any]:
+    return array if entry.dtype == "bfloat16" else array.astype(entry.dtype, copy=False)

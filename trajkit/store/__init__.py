@@ -1,0 +1,1 @@
+"""The archive on disk: the only floor that knows zarr."""

@@ -1,0 +1,90 @@
+"""Saved evaluations, ``evaluations/<n>``: one group each, whose attribute holds the whole table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import DamagedRunError
+from .format import EVALUATIONS, METADATA, group_document, read_metrics, spell_metrics
+from .objects import LocalObjects
+from .root import read_document, refresh_root, write_document
+
+EVALUATION_ATTRIBUTE = "trajkit_evaluation"
+
+
+@dataclass(frozen=True)
+class EvaluatedEpoch:
+    """Metrics of the recorded weights at one epoch, and of the modelled ones where a fit was evaluated."""
+
+    epoch: int
+    recorded: Mapping[str, float]
+    modelled: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a function said of a run's weights: a row for each epoch. `fit` is None for recorded weights alone."""
+
+    function: str
+    fit: str | None
+    evaluated_at: str
+    epochs: tuple[EvaluatedEpoch, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with NaN and infinities as strings."""
+        epochs = [
+            {
+                "epoch": row.epoch,
+                "recorded": spell_metrics(row.recorded),
+                "modelled": None if row.modelled is None else spell_metrics(row.modelled),
+            }
+            for row in self.epochs
+        ]
+        return {**vars(self), "epochs": epochs}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_json`."""
+        epochs = tuple(
+            EvaluatedEpoch(
+                epoch=row["epoch"],
+                recorded=read_metrics(row["recorded"]),
+                modelled=None if row["modelled"] is None else read_metrics(row["modelled"]),
+            )
+            for row in fields["epochs"]
+        )
+        return cls(**{**fields, "epochs": epochs})
+
+
+def save_evaluation(objects: LocalObjects, evaluation: Evaluation) -> None:
+    """Keep an evaluation beside the earlier ones; it exists whole or not at all."""
+    if not objects.exists(f"{EVALUATIONS}/{METADATA}"):
+        write_document(objects, EVALUATIONS, group_document())
+    group = json.dumps(group_document({EVALUATION_ATTRIBUTE: evaluation.to_json()}), indent=2).encode()
+    number = len(_numbers(objects))
+    while True:
+        try:
+            objects.create_atomically(f"{EVALUATIONS}/{number:04d}/{METADATA}", group)
+            break
+        except FileExistsError:
+            number += 1
+    refresh_root(objects)
+
+
+def read_evaluations(objects: LocalObjects) -> tuple[Evaluation, ...]:
+    """All evaluations, oldest first."""
+    evaluations = []
+    for number in _numbers(objects):
+        key = f"{EVALUATIONS}/{number}/{METADATA}"
+        try:
+            evaluations.append(Evaluation.from_json(read_document(objects, key)["attributes"][EVALUATION_ATTRIBUTE]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedRunError(f"{objects.root}: {key} holds no evaluation ({error}); remove its folder") from error
+    return tuple(evaluations)
+
+
+def _numbers(objects: LocalObjects) -> list[str]:
+    return [name for name in objects.names(EVALUATIONS) if objects.exists(f"{EVALUATIONS}/{name}/{METADATA}")]

@@ -1,0 +1,71 @@
+"""Evaluation of recorded and modelled weights by the user's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from ..errors import InputError
+from ..run import PathLike, Run, open_run
+from ..store.evaluations import EvaluatedEpoch, Evaluation, save_evaluation
+
+StateDict = dict[str, Any]
+Score = float | Mapping[str, float]
+
+
+def evaluate(
+    run: Run | PathLike,
+    function: Callable[[StateDict], Score],
+    fit: str | None = None,
+    epochs: Iterable[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Call `function` with the recorded state dict of each epoch, and with the one modelled by `fit`; keep the table.
+
+    function: state dict -> a number, shown as ``score``, or name -> number.
+    fit: name of a saved fit; without, only the recorded weights are evaluated.
+    epochs: labels, all recorded ones by default.
+    progress: called with the number of calls done and to do.
+
+    The evaluation is saved in the run, beside earlier ones. Raises `UnknownNameError` for an epoch or fit that does
+    not exist, `InputError` where the function returns something else; what the function raises passes through.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    decomposition = None if fit is None else run.fit(fit)
+    labels = run.epochs[run.rows_of(epochs)].tolist()
+    total = len(labels) * (1 if decomposition is None else 2)
+    table: list[EvaluatedEpoch] = []
+    done = 0
+
+    def scored(state_dict: StateDict) -> dict[str, float]:
+        nonlocal done
+        score = _named(function(state_dict))
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return score
+
+    for epoch in labels:
+        recorded = scored(run.state_dict(epoch))
+        modelled = None if decomposition is None else scored(decomposition.state_dict(epoch))
+        table.append(EvaluatedEpoch(epoch, recorded, modelled))
+    evaluation = Evaluation(
+        function=f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', repr(function))}",
+        fit=fit,
+        evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        epochs=tuple(table),
+    )
+    save_evaluation(run.archive.objects, evaluation)
+    return evaluation
+
+
+def _named(score: Score) -> dict[str, float]:
+    try:
+        if isinstance(score, Mapping):
+            return {str(name): float(value) for name, value in score.items()}
+        return {"score": float(score)}
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the evaluation function returned {score!r}, expected a number or a dict of numbers; return one of these"
+        ) from error

@@ -1,0 +1,112 @@
+"""Between named PyTorch tensors and the flat vectors of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .errors import InputError, LayoutError
+from .layout import FLOATING, ParameterLayout, TensorEntry
+
+# How BatchNorm's statistics are told from weights in a checkpoint file, which does not say what is a parameter.
+BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+Vectors = tuple[NDArray[np.float32], dict[str, NDArray[Any]]]
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of all that `model.state_dict()` holds, uncopied.
+
+    Raises `LayoutError` for state that is no tensor.
+    """
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise LayoutError(
+                f"'{name}' is a {type(value).__name__}, expected a tensor; leave it out of the model's state_dict"
+            )
+    return state
+
+
+def layout_of(tensors: Mapping[str, Tensor], parameters: Collection[str] | None = None) -> ParameterLayout:
+    """The layout of named tensors: floating `parameters` are weights, everything else are buffers.
+
+    Without `parameters`, as with checkpoint files, every floating tensor is a weight that is not BatchNorm's by its
+    name. Tensors that share memory are tied: the first name holds the values, the others are its aliases. Raises
+    `LayoutError` naming a tensor that cannot be recorded.
+    """
+    tied: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        _require_recordable(name, tensor)
+        tied.setdefault(_identity(name, tensor), []).append(name)
+
+    def entry(names: list[str]) -> TensorEntry:
+        name, tensor = names[0], tensors[names[0]]
+        listed = name in parameters if parameters is not None else name.rpartition(".")[2] not in BUFFER_NAMES
+        return TensorEntry(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=_dtype(tensor),
+            kind="weight" if listed and _dtype(tensor) in FLOATING else "buffer",
+            trainable=tensor.requires_grad or parameters is None,
+            aliases=tuple(names[1:]),
+        )
+
+    return ParameterLayout.of(entry(names) for names in tied.values())
+
+
+def flatten(layout: ParameterLayout, tensors: Mapping[str, Tensor]) -> Vectors:
+    """Copies of the tensors as flat vectors on the host: weights (N,), and buffers, stored dtype -> (size,).
+
+    Raises `InputError` for float64 weights that float32 cannot hold exactly.
+    """
+    weights = np.empty(layout.n_weights, dtype=np.float32)
+    buffers = {dtype: np.empty(size, dtype=dtype) for dtype, size in layout.buffer_sizes.items()}
+    for entry in layout.tensors:
+        tensor = tensors[entry.name].detach()
+        if entry.kind == "weight" and entry.dtype == "float64":
+            _require_exact(entry.name, tensor)
+        if entry.size:
+            vector = weights if entry.kind == "weight" else buffers[entry.vector]
+            torch.from_numpy(vector[entry.offset : entry.stop]).view(entry.shape).copy_(tensor)
+    return weights, buffers
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _identity(name: str, tensor: Tensor) -> Any:
+    """Equal for tensors that are the same view of the same memory."""
+    if tensor.numel() == 0:
+        return name
+    pointer = tensor.untyped_storage().data_ptr()
+    return tensor.device, pointer, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _require_recordable(name: str, tensor: Tensor) -> None:
+    for found, refused, cure in (
+        ("is not initialised yet", is_lazy(tensor), "run one forward pass first"),
+        ("is on the meta device and has no values", tensor.is_meta, "load the weights first"),
+        ("is quantised", tensor.is_quantized, "record the model before quantisation"),
+        (f"is {tensor.layout}", tensor.layout != torch.strided, "make it dense"),
+        ("is complex", tensor.is_complex(), "record torch.view_as_real of it"),
+        ("is a DTensor, spread over processes", hasattr(tensor, "placements"), "gather it with full_tensor()"),
+    ):
+        if refused:
+            raise LayoutError(f"'{name}' {found}, expected a dense real tensor with values; {cure}")
+
+
+def _require_exact(name: str, tensor: Tensor) -> None:
+    exact = (tensor.float().double() == tensor) | tensor.isnan()
+    if not bool(exact.all()):
+        raise InputError(
+            f"'{name}' is float64 with values that float32 cannot hold, weights are recorded as float32;"
+            " train in float32 or record a copy, model.float()"
+        )
