@@ -189,11 +189,11 @@ class ParameterLayout:
             stored = [
                 TensorEntry(
                     name=_checked(item["name"], str),
-                    shape=tuple(_natural(length) for length in item["shape"]),
+                    shape=tuple(_natural(length) for length in _checked(item["shape"], list)),
                     dtype=_checked(item["dtype"], str),
                     kind=item["kind"],
                     trainable=_checked(item["trainable"], bool),
-                    aliases=tuple(_checked(alias, str) for alias in item["aliases"]),
+                    aliases=tuple(_checked(alias, str) for alias in _checked(item["aliases"], list)),
                 )
                 for item in document
             ]

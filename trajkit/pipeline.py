@@ -83,7 +83,8 @@ def fit(
     chosen = choose_references(magnitude, cluster(magnitude, modes))
     references = References(trajectories[:, chosen])
     job = _Job(run, rows, references)
-    with FitWriter(run.archive.objects, name or _free_name(run, modes), run.layout.n_weights) as writer:
+    name = _free_name(run, modes) if name is None else name
+    with FitWriter(run.archive.objects, name, run.layout.n_weights) as writer:
         summaries = _over_blocks(job, writer, progress)
         attributes = {
             "trajkit": version("trajkit"),

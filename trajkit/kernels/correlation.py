@@ -22,5 +22,6 @@ def standardised(trajectories: NDArray[np.floating]) -> NDArray[np.float64]:
 def correlation_matrix(trajectories: NDArray[np.floating]) -> NDArray[np.float64]:
     """(K, K) signed Pearson correlations of (E, K) trajectories; a constant one correlates 0 with all, itself too."""
     unit = standardised(trajectories)
-    matrix = unit.T @ unit
-    return np.clip(matrix, -1.0, 1.0, out=matrix)
+    matrix = np.clip(unit.T @ unit, -1.0, 1.0)
+    np.fill_diagonal(matrix, unit.any(axis=0))  # exactly, or rounding would choose between the members of a pair
+    return matrix

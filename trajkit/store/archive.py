@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..digest import digest
 from ..errors import DamagedRunError, RunNotFoundError
 from ..layout import ParameterLayout
-from .arrays import open_array, with_rows
+from .arrays import open_array, whole_chunks, with_rows
 from .commit import CommitRecord, StoredObject, read_records
 from .format import METADATA, PROBE_INDEX, WEIGHTS
 from .objects import LocalObjects
@@ -83,16 +83,18 @@ class Archive:
         if array is None:
             array = self.array(path)
         start, stop = columns
+        whole = whole_chunks(array, start, stop, axis=1)
         wanted = np.asarray(rows, dtype=np.int64)
         keys = list(self._keys(path, array, wanted, columns))
         self.require(keys)
         try:
             if wanted.size and np.array_equal(wanted, np.arange(wanted[0], wanted[0] + wanted.size)):
-                return np.asarray(array[int(wanted[0]) : int(wanted[0]) + wanted.size, start:stop])
-            out = np.empty((wanted.size, stop - start), dtype=array.dtype)
-            for position, row in enumerate(wanted):
-                out[position] = array[int(row), start:stop]
-            return out
+                found = np.asarray(array[int(wanted[0]) : int(wanted[0]) + wanted.size, whole])
+            else:
+                found = np.empty((wanted.size, whole.stop - whole.start), dtype=array.dtype)
+                for position, row in enumerate(wanted):
+                    found[position] = array[int(row), whole]
+            return found[:, start - whole.start : stop - whole.start]
         except (ValueError, RuntimeError, OSError) as error:
             self.blame(keys)
             raise DamagedRunError(f"{self.objects.root}: {path} cannot be read ({error})") from error

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from ..digest import digest
 from ..errors import DamagedRunError, PathExistsError, UnknownNameError
-from .arrays import encode, open_array
+from .arrays import encode, open_array, whole_chunks
 from .commit import StoredObject
 from .format import FITS, LOCKS, METADATA, array_document, group_document, require_name, result_rule
 from .lock import WriterLock
@@ -72,7 +72,8 @@ class StoredFit:
             if self.objects.size(key) != committed[key][0]:
                 raise self._damaged(key, f"is {self.objects.size(key)} bytes long, {committed[key][0]} were saved")
         try:
-            return np.asarray(opened[first:last])
+            whole = whole_chunks(opened, first, last, axis=0)
+            return np.asarray(opened[whole])[first - whole.start : last - whole.start]
         except (ValueError, RuntimeError, OSError) as error:
             for key in keys:
                 if digest(self.objects.read(key)) != committed[key][1]:

@@ -18,40 +18,23 @@ class WriterLock:
     """Holds `path` locked from construction until `release`; raises `RunLockedError` naming the holder.
 
     The file keeps who holds it, for the error message of the one who comes second. A process forked off the holder
-    (a data loader's worker) gives its copy of the lock back at once, so that a killed training can be restarted while
-    its workers are still dying.
+    (a data loader's worker) closes its copy of the file at once, so that a killed training can be restarted while its
+    workers are still dying.
     """
 
     def __init__(self, path: Path, what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(self._descriptor, 1000, 0)
-            os.close(self._descriptor)
-            self._descriptor = None
-            raise RunLockedError(f"{what} is being written by {_described(holder)}; wait for it or stop it") from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps({"process": os.getpid(), "host": platform.node()}).encode(), 0)
-        this = weakref.ref(self)
-
-        def close_copy() -> None:
-            if (lock := this()) is not None:
-                lock._close()
-
-        os.register_at_fork(after_in_child=close_copy)
-
-    def release(self) -> None:
-        """Let the next one in."""
-        if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
-        self._close()
-
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
+            holder = os.pread(descriptor, 1000, 0)
             os.close(descriptor)
+            raise RunLockedError(f"{what} is being written by {_described(holder)}; wait for it or stop it") from error
+        self.release = weakref.finalize(self, os.close, descriptor)
+        os.register_at_fork(after_in_child=self.release)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"process": os.getpid(), "host": platform.node()}).encode(), 0)
 
 
 @contextmanager

@@ -108,6 +108,8 @@ class LocalObjects:
         if not self.fsync:
             return
         for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+            if not folder.exists():  # what was created there has been cleared since
+                continue
             descriptor = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

@@ -1,0 +1,532 @@
+"""The archive's promise: acknowledged epochs survive, torn ones are invisible, damage does not read silently."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray
+import zarr
+from conftest import MakeRun, correlated
+from counting import LAYOUT, append, epoch_values, record_forever
+
+from trajkit import RunWriter, fit, open_run
+from trajkit.errors import (
+    DamagedRunError,
+    InputError,
+    PathExistsError,
+    RunLockedError,
+    RunNotFoundError,
+    TrajkitError,
+    UnsupportedFormatError,
+)
+from trajkit.store import format as store_format
+from trajkit.store import objects as store_objects
+from trajkit.store.format import COLUMN_GRID, chunk_rule
+from trajkit.store.objects import LocalObjects
+
+# Processes that start fast: what they need is imported once, in the process that they are forked from.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["trajkit.run", "trajkit.store.writer"])
+
+
+def assert_whole(path: Path, n_epochs: int | range) -> int:
+    """The run holds exactly its first epochs, all whole, for trajkit and for plain Zarr; returns how many."""
+    try:
+        run = open_run(path)
+        found = len(run.epochs)
+        assert run.epochs.tolist() == list(range(found))
+        np.testing.assert_array_equal(run.weights[:], np.repeat(np.arange(found)[:, None], 300, axis=1))
+        np.testing.assert_array_equal(run.trajectory("count"), np.arange(found) * 10)
+        np.testing.assert_array_equal(run.trajectory("mean")[:, 0], -np.arange(found))
+        assert run.metrics == {epoch: {"epoch": float(epoch)} for epoch in range(found)}
+    except RunNotFoundError:
+        found = 0
+    assert found in (n_epochs if isinstance(n_epochs, range) else (n_epochs,))
+    if (path / "zarr.json").exists():
+        for group in (zarr.open_group(path, mode="r"), zarr.open_group(path, mode="r", use_consolidated=False)):
+            shown = group["weights"].shape[0]
+            assert shown <= found
+            np.testing.assert_array_equal(group["weights"][:], np.repeat(np.arange(shown)[:, None], 300, axis=1))
+            shown = group["epoch"].shape[0]
+            np.testing.assert_array_equal(group["epoch"][:], np.arange(shown))
+    return found
+
+
+# --- Crashes
+
+
+class Crash(BaseException):
+    """The power goes off here: nothing of the library handles it."""
+
+
+class Crashing:
+    """Counts the operations that change the disk, and crashes before or after one of them, or half through it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, when: str) -> None:
+        self.count, self.at, self.when = 0, at, when
+        for name in ("write", "link", "replace", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self.wrap(name, getattr(os, name)))
+
+    def wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*arguments: Any, **options: Any) -> Any:
+            self.count += 1
+            if self.count > self.at:
+                raise Crash  # a dead process writes nothing more
+            if self.count == self.at:
+                if self.when == "half" and name == "write":
+                    original(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                elif self.when == "after":
+                    original(*arguments, **options)
+                raise Crash
+            return original(*arguments, **options)
+
+        return operation
+
+
+def crash_points(action: Callable[[], None]) -> int:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        counting = Crashing(monkeypatch, at=10**9, when="before")
+        action()
+    return counting.count
+
+
+@pytest.mark.parametrize("when", ["before", "half", "after"])
+@pytest.mark.parametrize("recorded", [0, 1, 3])
+def test_a_crash_at_any_write_loses_nothing_and_shows_nothing_torn(recorded: int, when: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    if recorded:
+        with RunWriter(base) as writer:
+            for epoch in range(recorded):
+                append(writer, epoch)
+
+    def record_one_more(path: Path) -> None:
+        writer = RunWriter(path, fsync=False)
+        append(writer, recorded)
+        writer.close()
+
+    def fresh() -> Path:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        if recorded:
+            shutil.copytree(base, tmp_path / "run")
+        return tmp_path / "run"
+
+    path = fresh()
+    points = crash_points(lambda: record_one_more(path))
+    assert points > 20
+    for at in range(1, points + 1):
+        path = fresh()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            Crashing(monkeypatch, at, when)
+            with pytest.raises(Crash):
+                record_one_more(path)
+        gc.collect()  # a dead process holds no lock
+        found = assert_whole(path, range(recorded, recorded + 2))
+        with RunWriter(path, fsync=False) as writer:
+            assert len(writer.epochs) == found
+            append(writer, found)
+        assert assert_whole(path, found + 1) == zarr.open_group(path, mode="r")["weights"].shape[0]
+
+
+def test_a_failed_append_can_be_repeated_by_the_same_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: the epoch is refused, and recorded when there is room again."""
+    with RunWriter(tmp_path / "run") as writer:
+        append(writer, 0)
+        original = LocalObjects.create
+
+        def no_room(self: LocalObjects, key: str, data: bytes) -> None:
+            if key.startswith("buffers/"):
+                raise OSError(28, "No space left on device")
+            original(self, key, data)
+
+        monkeypatch.setattr(LocalObjects, "create", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            append(writer, 1)
+        assert_whole(tmp_path / "run", 1)
+        monkeypatch.undo()
+        append(writer, 1)
+        append(writer, 2)
+    assert_whole(tmp_path / "run", 3)
+
+
+def test_thirty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    """SIGKILL: all that was acknowledged is there, nothing torn is seen, and the recording resumes."""
+    path, acknowledged, rng = tmp_path / "run", tmp_path / "acknowledged", np.random.default_rng(0)
+    found = 0
+    for _ in range(30):
+        acknowledged.write_bytes(b"")
+        process = FORKS.Process(target=record_forever, args=(path, acknowledged))
+        process.start()
+        time.sleep(rng.uniform(0.02, 0.2))
+        process.kill()
+        process.join()
+        new = len(acknowledged.read_bytes())
+        found = assert_whole(path, range(found + new, found + new + 2))
+    assert found > 30
+    with RunWriter(path) as writer:
+        append(writer, found)
+    assert_whole(path, found + 1)
+
+
+# --- Writers and readers side by side
+
+
+def test_a_second_writer_is_refused_and_told_who_holds_the_run(tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "run") as writer:
+        append(writer, 0)
+        with pytest.raises(RunLockedError, match=f"being written by process {os.getpid()} on .*; wait for it or stop"):
+            RunWriter(tmp_path / "run")
+        append(writer, 1)
+    with RunWriter(tmp_path / "run") as writer:
+        append(writer, 2)
+    assert_whole(tmp_path / "run", 3)
+
+
+def test_workers_forked_from_a_dead_training_do_not_hold_the_run(tmp_path: Path) -> None:
+    code = """
+import os, sys, time, trajkit
+writer = trajkit.RunWriter(sys.argv[1])
+if os.fork() == 0:
+    print("forked", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "forked\n"
+        with pytest.raises(RunLockedError):
+            RunWriter(tmp_path / "run")
+        process.kill()
+        process.wait()
+        RunWriter(tmp_path / "run").close()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_a_reader_that_polls_sees_whole_epochs_only(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    process = FORKS.Process(target=record_forever, args=(path, tmp_path / "acknowledged"))
+    process.start()
+    try:
+        seen: set[int] = set()
+        deadline = time.monotonic() + 30
+        while len(seen) < 8 and time.monotonic() < deadline:
+            if (path / "zarr.json").exists():
+                with xarray.open_zarr(path) as dataset:
+                    epochs = dataset["epoch"].values
+                    assert epochs.tolist() == list(range(len(epochs)))
+                    np.testing.assert_array_equal(dataset["weights"].values[:, 0], epochs)
+                with_plain_zarr = zarr.open_group(path, mode="r")["weights"]
+                np.testing.assert_array_equal(with_plain_zarr[:, 5], np.arange(with_plain_zarr.shape[0]))
+                seen.add(len(epochs))
+        assert len(seen) >= 8
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_plain_zarr_and_xarray_open_a_run_without_a_warning(digits_path: Path) -> None:
+    fit(digits_path, samples=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group = zarr.open_group(digits_path, mode="r")
+        assert dict(group.members(max_depth=None)).keys() >= {"weights", "epoch", "probe", "fits/modes10/scale"}
+        with xarray.open_zarr(digits_path) as dataset:
+            assert dataset["weights"].dims == ("epoch", "weight")
+            assert dataset["epoch"].values.tolist() == list(range(40))
+            np.testing.assert_array_equal(dataset["weights"].values, open_run(digits_path).weights[:])
+
+
+def test_the_consolidated_metadata_is_that_of_the_nodes(digits_path: Path) -> None:
+    fit(digits_path, samples=100)
+    root = json.loads((digits_path / "zarr.json").read_bytes())
+    nodes = root["consolidated_metadata"]["metadata"]
+    assert {"weights", "buffers", "buffers/int64", "fits/modes10"} <= nodes.keys()
+    for path, document in nodes.items():
+        assert document == json.loads((digits_path / path / "zarr.json").read_bytes())
+
+
+# --- Damage
+
+
+def damaged(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    match how:
+        case "missing":
+            path.unlink()
+        case "emptied":
+            path.write_bytes(b"")
+        case "truncated":
+            path.write_bytes(content[:-5])
+        case "flipped":
+            path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        case "zeroed":
+            path.write_bytes(bytes(len(content)))
+        case "appended":
+            path.write_bytes(content + b"\0")
+
+
+DAMAGES = ["missing", "emptied", "truncated", "flipped", "zeroed", "appended"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_row_names_epoch_tensor_and_object(how: str, make_run: MakeRun) -> None:
+    path = make_run(correlated(4, 500), sizes=(200, 300), epochs=[10, 20, 30, 40]).path
+    damaged(path / "weights/c/2/0", how)
+    run = open_run(path)
+    assert run.weights[0].shape == (500,)
+    for read in (lambda: run.weights[2], lambda: run.weights[:], lambda: run.trajectory("layer0")):
+        with pytest.raises(DamagedRunError, match=r"epoch 30: 'layer0' to 'layer1': object weights/c/2/0 .*restore"):
+            read()
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("key", ["probe/c/2/0", "probe_index/c/0", "buffers/float32/c/2/0", "buffers/int64/c/2/0"])
+def test_damage_beside_the_weights_is_found_when_read(key: str, how: str, digits_path: Path) -> None:
+    damaged(digits_path / key, how)
+    run = open_run(digits_path)
+    read = (lambda: run.checkpoint(2)) if key.startswith("buffers") else (lambda: fit(run))
+    with pytest.raises(DamagedRunError, match=f"object {key}"):
+        read()
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_commit_record_is_found_when_the_run_is_opened(how: str, digits_path: Path) -> None:
+    damaged(digits_path / "epoch/commits/00000007.json", how)
+    for open_it in (open_run, RunWriter):
+        with pytest.raises(DamagedRunError, match=r"commit record epoch/commits/00000007.json .*restore it"):
+            open_it(digits_path)
+
+
+def test_swapped_commit_records_are_found(digits_path: Path) -> None:
+    one, other = (digits_path / f"epoch/commits/0000000{row}.json" for row in (3, 4))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    with pytest.raises(DamagedRunError, match=r"00000003.json does not follow"):
+        open_run(digits_path)
+
+
+def test_a_layout_that_was_not_recorded_is_found(digits_path: Path) -> None:
+    root = json.loads((digits_path / "zarr.json").read_bytes())
+    tensors = root["attributes"]["trajkit"]["layout"]
+    tensors[0]["shape"], tensors[0]["name"] = [72], "other"
+    (digits_path / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(DamagedRunError, match=r"layout in zarr\.json is not the one that was recorded"):
+        open_run(digits_path)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_fit_is_found_when_read(how: str, digits_path: Path) -> None:
+    decomposition = fit(digits_path, samples=100)
+    damaged(digits_path / "fits/modes10/scale/c/0", how)
+    with pytest.raises(DamagedRunError, match="fit 'modes10': object fits/modes10/scale/c/0"):
+        _ = decomposition.scale
+    with pytest.raises(DamagedRunError, match="fit 'modes10'"):
+        open_run(digits_path).fit("modes10").modelled([3])
+
+
+def test_a_chunk_equal_to_the_fill_value_is_stored(make_run: MakeRun) -> None:
+    run = make_run(np.full((2, 5), np.nan, dtype=np.float32), nonfinite="record")
+    assert (run.path / "weights/c/0/0").stat().st_size > 5 * 4
+    assert np.isnan(run.weights[:]).all()
+
+
+# --- What is in the way
+
+
+def test_no_run_and_no_epoch_yet(tmp_path: Path, digits_path: Path) -> None:
+    with pytest.raises(RunNotFoundError, match="no run here"):
+        open_run(tmp_path / "nothing")
+    with RunWriter(tmp_path / "run"), pytest.raises(RunNotFoundError, match="no run here"):
+        open_run(tmp_path / "run")
+    shutil.rmtree(digits_path / "epoch/commits")
+    with pytest.raises(RunNotFoundError, match="no epoch yet"):
+        open_run(digits_path)
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(PathExistsError, match=r"expected a run or an empty folder, found 'notes.txt'; choose another"):
+        RunWriter(tmp_path)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+    with pytest.raises(PathExistsError, match="found a file"):
+        RunWriter(tmp_path / "notes.txt")
+
+
+def test_another_zarr_group_is_no_run(tmp_path: Path) -> None:
+    zarr.create_group(tmp_path / "other").create_array("weights", shape=(3,), dtype="f4")
+    with pytest.raises(RunNotFoundError, match="a Zarr node, but not a run"):
+        open_run(tmp_path / "other")
+    with pytest.raises(PathExistsError):
+        RunWriter(tmp_path / "other")
+
+
+def test_a_later_format_says_so(digits_path: Path) -> None:
+    root = json.loads((digits_path / "zarr.json").read_bytes())
+    root["attributes"]["trajkit"]["format"] = 2
+    (digits_path / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(UnsupportedFormatError, match="has format 2, this version reads format 1; update trajkit"):
+        open_run(digits_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe", b'{"attributes": 3}'])
+def test_broken_metadata_is_an_error_of_ours(content: bytes, digits_path: Path) -> None:
+    (digits_path / "zarr.json").write_bytes(content)
+    with pytest.raises(TrajkitError):
+        open_run(digits_path)
+
+
+# --- Epochs and values
+
+
+@pytest.mark.parametrize(
+    ("epoch", "message"),
+    [
+        (5, "epoch 5 is recorded already; go on after epoch 7 or record into a new run"),
+        (6, "epoch 6 comes before the last one, 7"),
+        ("8", "epoch is '8', expected an integer"),
+        (8.0, "epoch is 8.0, expected an integer"),
+        (True, "epoch is True, expected an integer"),
+    ],
+)
+def test_an_epoch_that_cannot_come_next_is_refused(epoch: Any, message: str, tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "run") as writer:
+        append(writer, 5)
+        append(writer, 7)
+        weights, buffers = epoch_values(8)
+        with pytest.raises(InputError, match=message):
+            writer.append(LAYOUT, epoch, weights, buffers)
+        assert writer.epochs == (5, 7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_not_finite_weight_is_refused_by_name_or_recorded(bad: float, tmp_path: Path) -> None:
+    weights, buffers = epoch_values(0)
+    weights[17] = bad
+    with (
+        RunWriter(tmp_path / "strict") as writer,
+        pytest.raises(InputError, match=r"epoch 0: 'w' has .*1 of 300 weights are not finite.*nonfinite='record'"),
+    ):
+        writer.append(LAYOUT, 0, weights, buffers)
+    with RunWriter(tmp_path / "lenient", nonfinite="record") as writer:
+        writer.append(LAYOUT, 0, weights, buffers, {"loss": bad})
+    run = open_run(tmp_path / "lenient")
+    np.testing.assert_array_equal(run.weights[0], weights)
+    np.testing.assert_equal(run.metrics[0]["loss"], bad)
+
+
+def test_every_bit_pattern_of_float32_survives(make_run: MakeRun) -> None:
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, size=(3, 1000), dtype=np.uint32).view(np.float32)
+    run = make_run(bits, nonfinite="record")
+    np.testing.assert_array_equal(run.weights[:].view(np.uint32), bits.view(np.uint32))
+
+
+# --- Chunks, shards and codecs
+
+
+@pytest.mark.parametrize("n", [1, 100, 131_072, 131_073, 1_333_770, 11_173_962, 16_777_217, 10**9, 2**33])
+def test_the_chunk_rule(n: int) -> None:
+    rule = chunk_rule(n)
+    objects = rule.objects()
+    assert objects[0].start == 0
+    assert objects[-1].stop == n
+    assert rule.stored % rule.chunk == 0
+    assert rule.stored * 4 <= 64 << 20
+    assert len(objects) <= -(-n // rule.stored)
+    if n > 131_072:
+        assert rule.chunk % COLUMN_GRID == 0
+        assert 65_536 <= rule.chunk <= 131_072
+        assert rule.stored * len(objects) <= n * 1.13
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards and chunks as a huge model would have them, with few values."""
+    monkeypatch.setattr(store_format, "COLUMN_GRID", 8)
+    monkeypatch.setattr(store_format, "CHUNK_VALUES", 32)
+    monkeypatch.setattr(store_format, "SHARD_CHUNKS", 4)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("n", [33, 100, 128, 129, 500, 1000])
+def test_sharded_rows_read_back_in_every_way(n: int, make_run: MakeRun) -> None:
+    matrix = correlated(5, n)
+    run = make_run(matrix)
+    assert chunk_rule(n).sharded or n == 33 or chunk_rule(n).chunk < n
+    np.testing.assert_array_equal(run.weights[:], matrix)
+    np.testing.assert_array_equal(run.weights[1:4, 7 : n - 3], matrix[1:4, 7 : n - 3])
+    np.testing.assert_array_equal(run.weights[:, [n - 1, 0, 31, 32]], matrix[:, [n - 1, 0, 31, 32]])
+    np.testing.assert_array_equal(zarr.open_group(run.path, mode="r")["weights"][:], matrix)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_damaged_shard_names_the_tensors_in_it(make_run: MakeRun) -> None:
+    run = make_run(correlated(3, 500), sizes=(100, 100, 100, 200))
+    key = sorted(path.name for path in (run.path / "weights/c/1").iterdir())[1]
+    damaged(run.path / "weights/c/1" / key, "flipped")
+    np.testing.assert_array_equal(run.weights[1, :100], run.weights[1, :100])
+    with pytest.raises(DamagedRunError, match=f"epoch 1: 'layer1' to 'layer2': object weights/c/1/{key}"):
+        _ = run.weights[:]
+
+
+def test_bfloat16_values_are_compressed_and_float32_ones_are_not(make_run: MakeRun) -> None:
+    matrix = np.random.default_rng(0).normal(size=(2, 200_000)).astype(np.float32)
+    halves = (matrix.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    raw, packed = make_run(matrix, name="raw"), make_run(halves, name="packed")
+    np.testing.assert_array_equal(packed.weights[:], halves)
+    assert raw.epoch_bytes > matrix[0].nbytes
+    assert packed.epoch_bytes < 0.75 * raw.epoch_bytes
+
+
+def test_no_stored_object_holds_two_epochs(digits_path: Path) -> None:
+    before = {path: path.read_bytes() for path in digits_path.rglob("c/*") if path.is_file()}
+    run = open_run(digits_path)
+    with RunWriter(digits_path) as writer:
+        buffers = {dtype: np.zeros(size, dtype) for dtype, size in run.layout.buffer_sizes.items()}
+        writer.append(run.layout, 40, run.weights[39], buffers)
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(open_run(digits_path).epochs) == 41
+
+
+def test_writes_reach_the_disk_before_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every object of an epoch, and its folder, is synced before the commit record appears."""
+    synced: set[tuple[int, int]] = set()
+    fsync, link = os.fsync, os.link
+
+    def remember(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced.add((status.st_dev, status.st_ino))
+
+    def check(source: Path, target: Path) -> None:
+        for path in (tmp_path / "run").rglob("*"):
+            if "locks" in path.parts or "tmp" in path.parts or "commits" in path.parts:
+                continue
+            status = path.stat()
+            assert (status.st_dev, status.st_ino) in synced, f"{path} is not on the disk at the commit"
+        link(source, target)
+
+    monkeypatch.setattr(store_objects.os, "fsync", remember)
+    monkeypatch.setattr(store_objects.os, "link", check)
+    with RunWriter(tmp_path / "run") as writer:
+        for epoch in range(3):
+            append(writer, epoch)
