@@ -51,7 +51,8 @@ def main() -> None:
         spread = w.std(0)[moves]
         spread_r = trajectories[:, references].astype(np.float64).std(0)[mode[moves]]
         scale_error = max(
-            scale_error, float(np.abs((expected.scale[here][moves] - fit.scale[part][moves]) / (spread / spread_r)).max())
+            scale_error,
+            float(np.abs((expected.scale[here][moves] - fit.scale[part][moves]) / (spread / spread_r)).max()),
         )
         r = trajectories[:, references].astype(np.float64)[:, fit.mode[part]]
         modelled = r * fit.scale[part].astype(np.float64) + fit.offset[part]

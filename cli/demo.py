@@ -57,4 +57,4 @@ def _echo(result: DemoResult) -> None:
         ["archive size", f"{size(result.archive_bytes)} ({size(result.weights_bytes)} of float32 weights)"],
         *([f"seconds to {stage}", f"{elapsed:.2f}"] for stage, elapsed in result.seconds.items()),
     ]
-    echo_table(["", ""], rows)
+    echo_table(None, rows)

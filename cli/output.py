@@ -20,10 +20,10 @@ def echo_json(document: Any) -> None:
     click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
 
 
-def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def echo_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns: the first to the left, the others, numbers, to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines = [*([header] if header else []), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         cells[0] = line[0].ljust(widths[0])

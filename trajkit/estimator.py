@@ -109,7 +109,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def _trajectories(self, X: ArrayLike, reset: bool) -> NDArray[np.floating]:
         values: NDArray[np.floating] = validate_data(
-            self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_features=2
+            self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_features=2 if reset else 1
         )
         return values
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from dask import config as dask_config
 from dask.base import compute
 from dask.callbacks import Callback
 from dask.delayed import delayed
+from dask.system import CPU_COUNT
 from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
@@ -118,7 +121,7 @@ class _BlockSummary:
 
 
 def _over_blocks(job: _Job, writer: FitWriter, progress: Progress | None) -> list[_BlockSummary]:
-    """Fit all column blocks with the dask scheduler that is set, threads by default; BLAS threads stay out of it."""
+    """Fit all column blocks, as many at a time as there are cores, or dask's setting ``num_workers``."""
     n = job.run.layout.n_weights
     blocks = result_rule(n).objects()
     tasks = [delayed(_fit_one)(job, writer, block.start, block.stop) for block in blocks]
@@ -130,8 +133,10 @@ def _over_blocks(job: _Job, writer: FitWriter, progress: Progress | None) -> lis
             done += int(summary.modes[:, 0].sum())
             progress(done, n)
 
-    with threadpool_limits(1, user_api="blas"), Callback(posttask=report):
-        return list(compute(*tasks, scheduler="threads"))
+    workers = dask_config.get("num_workers", None) or CPU_COUNT
+    # The pool is ours so that leaving it, on Ctrl-C too, waits for the blocks under way: they would write on otherwise.
+    with ThreadPoolExecutor(workers) as pool, threadpool_limits(1, user_api="blas"), Callback(posttask=report):
+        return list(compute(*tasks, scheduler="threads", pool=pool))
 
 
 def _fit_one(job: _Job, writer: FitWriter, start: int, stop: int) -> _BlockSummary:

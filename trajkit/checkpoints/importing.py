@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError
+import torch
+from torch import Tensor
+
+from ..errors import InputError, LayoutError
+from ..layout import ParameterLayout
 from ..run import NonFinite, PathLike, RunWriter
 from ..vector import flatten, layout_of
 from .reading import read_checkpoint
@@ -37,9 +41,13 @@ def import_checkpoints(
 
     Raises `InputError` or `LayoutError` naming the file that cannot be recorded; the files before it are.
     """
+    paths = [Path(file) for file in files]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such file, expected a checkpoint; check the name")
     done: list[Imported] = []
     with RunWriter(run, fsync=fsync, nonfinite=nonfinite) as writer:
-        for epoch, path in epochs_of([Path(file) for file in files], first_epoch).items():
+        for epoch, path in epochs_of(paths, first_epoch).items():
             imported = Imported(path, epoch, new=epoch not in writer.epochs)
             if imported.new:
                 _record(writer, path, epoch)
@@ -75,14 +83,28 @@ def epochs_of(paths: Sequence[Path], first_epoch: int | None = None) -> dict[int
 def _record(writer: RunWriter, path: Path, epoch: int) -> None:
     writer.require_next(epoch)
     tensors = read_checkpoint(path)
-    known = writer.layout
-    parameters = None if known is None else {name for entry in known.weights for name in entry.names}
+    known, parameters = writer.layout, None
     try:
+        if known is not None:
+            tensors = _arranged(known, tensors)
+            parameters = {name for entry in known.weights for name in entry.names}
         layout = layout_of(tensors, parameters)
         weights, buffers = flatten(layout, tensors)
         writer.append(layout, epoch, weights, buffers)
     except InputError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def _arranged(known: ParameterLayout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the run's order, tied as in the run: files sort them, and keep one of a tied pair or copies."""
+    arranged: dict[str, Tensor] = {}
+    for entry in known.tensors:
+        present = [tensors[name] for name in entry.names if name in tensors]
+        if any(not torch.equal(present[0], copy) for copy in present[1:]):
+            raise LayoutError(f"{' and '.join(entry.names)} differ, the run has them tied; record into a new run")
+        if present:
+            arranged |= dict.fromkeys(entry.names, present[0])
+    return arranged | {name: tensor for name, tensor in tensors.items() if name not in known}
 
 
 def _parts(path: Path) -> list[str]:

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import nn
+from trajkit_cli.main import main
+from trajkit_cli.options import EpochRange
+from trajkit_cli.output import number, size
+
+from trajkit import fit, load_weights, open_run
+
+TRAJKIT = Path(sys.executable).parent / "trajkit"
+
+
+def invoke(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def invoke_json(*arguments: object) -> Any:
+    quiet = ["-q"] if arguments[0] in ("fit", "evaluate", "demo") else []
+    return json.loads(invoke(*arguments, "--json", *quiet).stdout)
+
+
+def test_the_whole_path(tmp_path: Path) -> None:
+    for epoch in range(12):
+        torch.manual_seed(epoch)
+        torch.save(nn.Linear(6, 3).state_dict(), tmp_path / f"epoch{epoch}.pt")
+    files = sorted(tmp_path.glob("epoch*.pt"))
+    run = tmp_path / "run"
+    assert "12 epochs recorded" in invoke("record", run, *files).stdout
+    assert "0 epochs recorded, 12 were there already" in invoke("record", run, *files).stdout
+    fitted = invoke("fit", run, "--modes", 3, "--name", "three")
+    assert "fit 'three': 3 modes, 12 epochs" in fitted.stdout
+    assert "fitting weights: 21 of 21" in fitted.stderr
+    out = tmp_path / "out.safetensors"
+    assert (
+        "epoch 11 modelled by 'three'" in invoke("reconstruct", run, "--fit", "three", "--epoch", 11, "-o", out).stdout
+    )
+    expected = load_weights(run, 11, "three")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(out).items())
+    table = invoke("evaluate", run, "--fit", "three", "--with", "test_cli:bias_sum", "--epochs", "0,10:12").stdout
+    assert [line.split()[0] for line in table.splitlines()] == ["epoch", "0", "10", "11"]
+    shown = invoke("info", run).stdout
+    for words in ("12 epochs (0 to 11) of 21 weights", "fit three", "variance explained", "test_cli:bias_sum"):
+        assert words in shown
+
+
+def bias_sum(state_dict: dict[str, Any]) -> dict[str, float]:
+    return {"sum": state_dict["bias"].sum()}
+
+
+def test_json_is_for_machines(digits_path: Path) -> None:
+    fitted = invoke_json("fit", digits_path, "--modes", 4, "--samples", 200, "--seed", 3, "--epochs", "0:40:2")
+    assert fitted["fit"] == "modes4"
+    assert fitted["settings"] == {"modes": 4, "samples": 200, "sampling": "balanced", "seed": 3}
+    assert fitted["epochs"] == list(range(0, 40, 2))
+    assert sum(fitted["mode_sizes"]) == fitted["weights"] == 3682
+    assert 0 < fitted["variance_explained"] < 1
+    described = invoke_json("info", digits_path)
+    assert described["epochs"] == list(range(40))
+    assert described["metrics"]["39"]["test_accuracy"] == pytest.approx(0.9777778)
+    assert described["fits"]["modes4"]["variance_explained"] == fitted["variance_explained"]
+    assert described["fits"]["modes4"]["variance_explained_by_tensor"].keys() == {
+        entry.name for entry in open_run(digits_path).layout.weights
+    }
+    evaluated = invoke_json("evaluate", digits_path, "--with", "test_cli:nan_score", "--epochs", "3")
+    assert evaluated["epochs"] == [{"epoch": 3, "recorded": {"score": "NaN"}, "modelled": None}]
+    written = invoke_json("reconstruct", digits_path, "--epoch", 3, "-o", digits_path.parent / "a.pt")
+    assert written["bytes"] == (digits_path.parent / "a.pt").stat().st_size
+
+
+def nan_score(_state_dict: dict[str, Any]) -> float:
+    return float("nan")
+
+
+def test_fits_by_distance_and_with_fewer_modes(digits_path: Path) -> None:
+    assert "fit 'cut2'" in invoke("fit", digits_path, "--cut", 2).stdout
+    refused = invoke("fit", digits_path, "--cut", 2, "--modes", 3, code=2)
+    assert "--modes and --cut exclude each other; give one" in refused.stderr
+
+
+def test_fewer_modes_than_asked_for_are_told(tmp_path: Path) -> None:
+    for epoch in range(4):
+        torch.save({"weight": torch.full((5,), float(epoch))}, tmp_path / f"epoch{epoch}.pt")
+    invoke("record", tmp_path / "run", *sorted(tmp_path.glob("*.pt")))
+    modes = invoke_json("fit", tmp_path / "run", "--modes", 9)["modes"]
+    assert modes < 9
+    shown = invoke("fit", tmp_path / "run", "--modes", 9).stdout
+    assert f"{modes} modes (9 asked for, the sample has no more clusters)" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["info", "nowhere"], 1, "Error: nowhere: no run here"),
+        (["fit", "nowhere"], 1, "Error: nowhere: no run here"),
+        (["fit", "RUN", "--modes", "0"], 2, "Invalid value for '--modes'"),
+        (["fit", "RUN", "--sampling", "clever"], 2, "'clever' is not one of"),
+        (["fit", "RUN", "--epochs", "1:x"], 2, "'1:x' names no epochs; write 3, or 0,5,9"),
+        (["fit", "RUN", "--epochs", "38:50"], 1, "no epoch 40; the run has 40, nearest: 38, 39"),
+        (["reconstruct", "RUN", "--epoch", "99", "-o", "x.pt"], 1, "no epoch 99"),
+        (["reconstruct", "RUN", "--epoch", "9", "--fit", "no", "-o", "x.pt"], 1, "no fit 'no'; the run has none"),
+        (["reconstruct", "RUN", "--epoch", "9", "-o", "x.bin"], 1, "x.bin: expected a name that ends in"),
+        (["evaluate", "RUN", "--with", "nonsense"], 2, "'nonsense' is not MODULE:FUNCTION"),
+        (["evaluate", "RUN", "--with", "nosuch:thing"], 2, "'nosuch:thing' cannot be loaded (No module named"),
+        (["evaluate", "RUN", "--with", "json:nosuch"], 2, "cannot be loaded (module 'json' has no attribute"),
+        (["evaluate", "RUN", "--with", "json:__name__"], 2, "is a str, not a function"),
+        (["record", "RUN", "missing3.pt"], 1, "missing3.pt: no such file, expected a checkpoint"),
+        (["record", "new"], 2, "Missing argument"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments: list[str], code: int, message: str, digits_path: Path) -> None:
+    result = invoke(*[digits_path if word == "RUN" else word for word in arguments], code=code)
+    assert message in result.stderr.replace("\n", " ") or message in result.stderr
+    assert "Traceback" not in result.output
+    if code == 1:
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_wrong_record_beyond_40_is_in_order(digits_path: Path, tmp_path: Path) -> None:
+    torch.save(load_weights(digits_path, 39), tmp_path / "epoch40.pt")
+    assert "1 epochs recorded" in invoke("record", digits_path, tmp_path / "epoch40.pt").stdout
+    np.testing.assert_array_equal(open_run(digits_path).weights[40], open_run(digits_path).weights[39])
+
+
+def test_force_overwrites_a_file_and_nothing_else_does(digits_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    arguments = ("reconstruct", digits_path, "--epoch", 3, "-o", out)
+    invoke(*arguments)
+    assert "exists already" in invoke(*arguments, code=1).stderr
+    invoke(*arguments, "--force")
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs"),
+    [("3", [3]), ("0,5,9", [0, 5, 9]), ("10:13", [10, 11, 12]), ("0:9:4,20", [0, 4, 8, 20]), ("-3", [-3])],
+)
+def test_epochs_are_written_as_ranges(text: str, epochs: list[int]) -> None:
+    assert EpochRange().convert(text, None, None) == epochs
+
+
+def test_numbers_and_sizes_are_short() -> None:
+    assert [number(value) for value in (None, 0.123456, 1e-9, float("nan"))] == ["-", "0.1235", "1e-09", "nan"]
+    sizes = [size(value) for value in (0, 1023, 1024, 3 << 30, 5 << 50)]
+    assert sizes == ["0 B", "1023 B", "1.0 KiB", "3.0 GiB", "5120.0 TiB"]
+
+
+@pytest.mark.parametrize("command", ["record", "fit", "reconstruct", "evaluate", "info", "demo"])
+def test_every_help_has_an_example(command: str) -> None:
+    assert f"Example:\n    trajkit {command}" in invoke(command, "--help").stdout
+
+
+def test_the_version_is_shown() -> None:
+    assert "0.1.0" in invoke("--version").stdout
+
+
+def test_the_demo_runs_and_is_kept_on_request(tmp_path: Path) -> None:
+    result = invoke_json("demo", "--keep", tmp_path / "kept")
+    assert [line["epoch"] for line in result["epochs"]] == list(range(32, 40))
+    assert all(line["recorded_accuracy"] > 0.9 and line["cmd_accuracy"] > 0.85 for line in result["epochs"])
+    assert all(0 < line["relative_error"] < 0.2 for line in result["epochs"])
+    assert 0.8 < result["variance_explained"] < 1
+    assert set(result["seconds"]) == {"train and record", "fit", "reconstruct", "evaluate"}
+    assert open_run(tmp_path / "kept/digits").fits == ("modes10",)
+    assert (tmp_path / "kept/digits-cmd.safetensors").exists()
+    assert "exists already" in invoke("demo", "--keep", tmp_path / "kept", code=1).stderr
+
+
+# --- As its own process
+
+
+def imported_modules(*arguments: object) -> set[str]:
+    code = "import sys; from trajkit_cli.main import main; main(standalone_mode=False); "
+    code += "print(*sys.modules, file=sys.stderr)"
+    process = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in process.stderr.split()}
+
+
+def test_help_info_and_fit_do_not_import_torch(digits_path: Path) -> None:
+    assert not imported_modules("--help") & {"torch", "zarr", "dask", "sklearn", "numpy", "cupy", "matplotlib"}
+    assert not imported_modules("fit", "--help") & {"torch", "zarr", "dask", "sklearn", "numpy", "cupy", "matplotlib"}
+    for arguments in (["fit", digits_path, "-q"], ["info", digits_path]):
+        assert not imported_modules(*arguments) & {"torch", "cupy", "matplotlib"}
+
+
+def test_ctrl_c_in_a_fit_leaves_the_run_as_it_was(digits_path: Path) -> None:
+    code = """
+import sys, time, trajkit.pipeline
+from trajkit_cli.main import main
+original = trajkit.pipeline.fit_block
+def slow(block, references):
+    print("fitting", file=sys.stderr, flush=True)
+    time.sleep(2)
+    return original(block, references)
+trajkit.pipeline.fit_block = slow
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "fit", digits_path, "-q"], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "fitting\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert "Aborted" in said
+    assert "Traceback" not in said
+    assert open_run(digits_path).fits == ()
+    assert not any(path.is_file() for path in (digits_path / "fits").rglob("*"))
+    assert fit(digits_path).name == "modes10"
+
+
+def test_the_installed_command_reads_json_through_a_pipe(digits_path: Path) -> None:
+    process = subprocess.run([TRAJKIT, "info", digits_path, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(process.stdout)["weights"] == 3682
+    assert process.stderr == ""
+
+
+def test_a_modules_folder_is_found_from_where_the_user_works(digits_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_evaluation.py").write_text("def score(state):\n    return len(state)\n")
+    command = [TRAJKIT, "evaluate", digits_path, "--epochs", "3", "--with", "my_evaluation:score", "--json", "-q"]
+    process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ})
+    assert json.loads(process.stdout)["epochs"][0]["recorded"] == {"score": 16}
