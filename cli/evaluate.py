@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,15 @@ def evaluate(
       trajkit evaluate data/digits --fit modes10 --epochs 35:40 --with trajkit.demo:test_accuracy
     """
     called = load_function(function)
-    with progress("evaluating", quiet) as report:
-        evaluation = trajkit.evaluate(run, called, fit=fit_name, epochs=epochs, progress=report)
+    try:
+        with progress("evaluating", quiet) as report, warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+            evaluation = trajkit.evaluate(run, called, fit=fit_name, epochs=epochs, progress=report)
+    except (trajkit.TrajkitError, OSError):
+        raise
+    except Exception as error:  # whatever the user's function raises
+        what = " ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
+        raise click.ClickException(f"{function} raised {type(error).__name__}: {what}") from error
     if as_json:
         echo_json({"run": str(run), **evaluation.to_json()})
         return
@@ -68,7 +76,7 @@ def load_function(name: str) -> Callable[[Any], Any]:
         function: Any = importlib.import_module(module_name)
         for part in function_name.split("."):
             function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs the user's module
         raise click.BadParameter(f"{name!r} cannot be loaded ({error}); check module and function") from error
     if not callable(function):
         raise click.BadParameter(f"{name!r} is a {type(function).__name__}, not a function; name a function")

@@ -17,11 +17,17 @@ from .output import echo_json, echo_table, number, progress
 @run_argument
 @click.option("--modes", type=click.IntRange(min=1), help="M, the number of modes.  [default: 10]")
 @click.option("--cut", type=float, help="Instead of --modes: cut the cluster tree at its largest distance / CUT.")
-@click.option("--samples", default=1000, show_default=True, help="K, how many weights the clusters are found on.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="K, how many weights the clusters are found on.",
+)
 @click.option(
     "--sampling", type=click.Choice(["balanced", "uniform", "variance"]), default="balanced", show_default=True
 )
-@click.option("--seed", default=0, show_default=True, help="Of the sampling.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling.")
 @epochs_option
 @click.option("--name", help="Of the fit in the run.  [default: modes10 or the like]")
 @quiet_option

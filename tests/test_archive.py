@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ import zarr
 from conftest import MakeRun, correlated
 from counting import LAYOUT, append, epoch_values, record_forever
 
-from trajkit import RunWriter, fit, open_run
+from trajkit import Run, RunWriter, fit, open_run, write_checkpoint
+from trajkit.digest import canonical_json, digest
 from trajkit.errors import (
     DamagedRunError,
     InputError,
@@ -64,6 +68,14 @@ def assert_whole(path: Path, n_epochs: int | range) -> int:
             shown = group["epoch"].shape[0]
             np.testing.assert_array_equal(group["epoch"][:], np.arange(shown))
     return found
+
+
+def continue_digits(path: Path) -> None:
+    """Record one more epoch into the run of the repository."""
+    run = open_run(path)
+    with RunWriter(path) as writer:
+        buffers = {dtype: np.zeros(size, dtype) for dtype, size in run.layout.buffer_sizes.items()}
+        writer.append(run.layout, int(run.epochs[-1]) + 1, run.weights[-1], buffers)
 
 
 # --- Crashes
@@ -162,6 +174,131 @@ def test_a_failed_append_can_be_repeated_by_the_same_writer(tmp_path: Path, monk
     assert_whole(tmp_path / "run", 3)
 
 
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    ("name", "calls_of_one"), [("link", 1), ("unlink", 1), ("replace", 6), ("write", 13), ("fsync", 24)]
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_append_is_repeated_or_known_to_be_done(
+    name: str, calls_of_one: int, when: str, interruption: Any, tmp_path: Path
+) -> None:
+    """The same writer goes on after each interruption, as a notebook does; the run stays readable."""
+    path = tmp_path / "run"
+    with RunWriter(path, fsync=name == "fsync") as writer:
+        append(writer, 0)
+        for at in range(1, calls_of_one + 2):
+            epoch = len(writer.epochs)
+            original, calls = getattr(os, name), 0
+
+            def interrupted(*arguments: Any, _at: int = at, _original: Any = original, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == _at and when == "before":
+                    raise interruption
+                result = _original(*arguments, **options)
+                if calls == _at:
+                    raise interruption
+                return result
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, name, interrupted)
+                with contextlib.suppress(KeyboardInterrupt, OSError):
+                    append(writer, epoch)
+            found = assert_whole(path, range(epoch, epoch + 2))
+            if found == epoch:
+                append(writer, epoch)
+            else:
+                with pytest.raises(InputError, match="is recorded already"):
+                    append(writer, epoch)
+            assert_whole(path, epoch + 1)
+
+
+def test_a_closed_writer_writes_nothing(tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "run") as writer:
+        append(writer, 0)
+    with RunWriter(tmp_path / "run") as other:
+        with pytest.raises(InputError, match="the writer is closed"):
+            append(writer, 1)
+        append(other, 1)
+    assert_whole(tmp_path / "run", 2)
+
+
+def test_a_forked_child_writes_nothing_and_reads_everything(tmp_path: Path) -> None:
+    code = """
+import os, sys, numpy as np, trajkit
+sys.path.insert(0, sys.argv[2])
+from counting import append
+from conftest import vector_layout
+writer = trajkit.RunWriter(sys.argv[1])
+append(writer, 0)
+with trajkit.RunWriter(sys.argv[1] + "-big") as big:
+    big.append(vector_layout(300_000), 0, np.arange(300_000, dtype=np.float32), {})
+run = trajkit.open_run(sys.argv[1] + "-big")
+assert run.weights[0, 299_999] == 299_999
+child = os.fork()
+if child == 0:
+    assert run.weights[0, 299_999] == 299_999
+    assert trajkit.open_run(sys.argv[1] + "-big").weights[:].shape == (1, 300_000)
+    try:
+        append(writer, 1)
+    except trajkit.TrajkitError:
+        os._exit(7)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+append(writer, 1)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "run", Path(__file__).parent], check=True, timeout=60)
+    assert_whole(tmp_path / "run", 2)
+
+
+def test_threads_may_share_a_writer(tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "run") as writer, ThreadPoolExecutor(8) as pool:
+
+        def record(epoch: int) -> bool:
+            try:
+                append(writer, epoch)
+            except InputError:
+                return False
+            return True
+
+        done = list(pool.map(record, range(40)))
+        assert writer.epochs == tuple(epoch for epoch in range(40) if done[epoch])
+    assert open_run(tmp_path / "run").epochs.tolist() == [epoch for epoch in range(40) if done[epoch]]
+
+
+def test_a_training_may_change_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with RunWriter("run") as writer:
+        append(writer, 0)
+        run = open_run("run")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        append(writer, 1)
+    assert run.weights[0, 0] == 0
+    assert_whole(tmp_path / "run", 2)
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+def test_a_fit_can_be_saved_while_a_training_records(tmp_path: Path) -> None:
+    process = FORKS.Process(target=record_forever, args=(tmp_path / "run", tmp_path / "acknowledged"))
+    process.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "run/epoch/commits/00000005.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for number in range(10):
+            assert fit(tmp_path / "run", modes=2, samples=20).name == (
+                "modes2" if number == 0 else f"modes2-{number + 1}"
+            )
+    finally:
+        process.kill()
+        process.join()
+    with RunWriter(tmp_path / "run") as writer:  # clears its own temporary files, and those of nobody else
+        append(writer, len(writer.epochs))
+    assert len(open_run(tmp_path / "run").fits) == 10
+    assert_whole(tmp_path / "run", range(6, 10**6))
+
+
 def test_thirty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     """SIGKILL: all that was acknowledged is there, nothing torn is seen, and the recording resumes."""
     path, acknowledged, rng = tmp_path / "run", tmp_path / "acknowledged", np.random.default_rng(0)
@@ -247,7 +384,8 @@ def test_plain_zarr_and_xarray_open_a_run_without_a_warning(digits_path: Path) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         group = zarr.open_group(digits_path, mode="r")
-        assert dict(group.members(max_depth=None)).keys() >= {"weights", "epoch", "probe", "fits/modes10/scale"}
+        assert dict(group.members(max_depth=None)).keys() >= {"weights", "epoch", "probe", "buffers/int64"}
+        assert zarr.open_group(digits_path / "fits/modes10", mode="r")["scale"].shape == (3682,)
         with xarray.open_zarr(digits_path) as dataset:
             assert dataset["weights"].dims == ("epoch", "weight")
             assert dataset["epoch"].values.tolist() == list(range(40))
@@ -256,9 +394,12 @@ def test_plain_zarr_and_xarray_open_a_run_without_a_warning(digits_path: Path) -
 
 def test_the_consolidated_metadata_is_that_of_the_nodes(digits_path: Path) -> None:
     fit(digits_path, samples=100)
+    continue_digits(digits_path)
     root = json.loads((digits_path / "zarr.json").read_bytes())
     nodes = root["consolidated_metadata"]["metadata"]
-    assert {"weights", "buffers", "buffers/int64", "fits/modes10"} <= nodes.keys()
+    buffers = {"buffers", "buffers/int64", "buffers/float32"}
+    assert nodes.keys() == {"weights", "epoch", "probe", "probe_index"} | buffers
+    assert nodes["weights"]["shape"] == [41, 3682]
     for path, document in nodes.items():
         assert document == json.loads((digits_path / path / "zarr.json").read_bytes())
 
@@ -276,7 +417,8 @@ def damaged(path: Path, how: str) -> None:
         case "truncated":
             path.write_bytes(content[:-5])
         case "flipped":
-            path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+            middle = len(content) // 2
+            path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         case "zeroed":
             path.write_bytes(bytes(len(content)))
         case "appended":
@@ -324,6 +466,131 @@ def test_swapped_commit_records_are_found(digits_path: Path) -> None:
         open_run(digits_path)
 
 
+@pytest.mark.parametrize("change", ["previous", "epoch", "content"])
+def test_a_forged_commit_record_is_found(change: str, digits_path: Path) -> None:
+    path = digits_path / "epoch/commits/00000004.json"
+    record = json.loads(path.read_bytes())["record"]
+    hashed = True
+    match change:
+        case "previous":
+            record["previous"] = "0" * 64
+        case "epoch":
+            record["epoch"] = 3
+        case "content":
+            record["metrics"]["test_accuracy"], hashed = 1.0, False
+    own = digest(canonical_json(record)) if hashed else json.loads(path.read_bytes())["blake3"]
+    path.write_bytes(json.dumps({"blake3": own, "record": record}).encode())
+    expected = "does not follow" if hashed else "its content does not match its hash"
+    with pytest.raises(DamagedRunError, match=f"commit record epoch/commits/00000004.json .*{expected}"):
+        open_run(digits_path)
+
+
+@pytest.mark.parametrize(
+    "lie", [{"epoch": "4"}, {"epoch": 10**30}, {"metrics": {"a": 10**400}}, {"objects": 3}, {"row": None}, {"more": 1}]
+)
+def test_a_nonsensical_commit_record_is_an_error_of_ours(lie: dict[str, Any], digits_path: Path) -> None:
+    path = digits_path / "epoch/commits/00000039.json"
+    record = json.loads(path.read_bytes())["record"] | lie
+    path.write_bytes(json.dumps({"blake3": digest(canonical_json(record)), "record": record}).encode())
+    with pytest.raises(DamagedRunError, match=r"commit record epoch/commits/00000039\.json"):
+        open_run(digits_path)
+
+
+def test_lost_commit_records_are_found_and_nothing_is_deleted(digits_path: Path) -> None:
+    for lost in ("00000039.json", "*.json"):
+        for path in (digits_path / "epoch/commits").glob(lost):
+            path.unlink()
+        files = sorted(digits_path.rglob("c/*"))
+        for open_it in (open_run, RunWriter):
+            with pytest.raises(
+                DamagedRunError, match=r"epoch has 40 epochs, there are commit records for (39|0); restore"
+            ):
+                open_it(digits_path)
+        assert sorted(digits_path.rglob("c/*")) == files
+
+
+@pytest.mark.parametrize("array", ["weights", "probe", "probe_index", "epoch", "buffers/int64"])
+@pytest.mark.parametrize("change", ["{}", "[]", "dtype", "endian", "chunks", "fill", "shape"])
+def test_metadata_that_the_layout_does_not_ask_for_is_found(array: str, change: str, digits_path: Path) -> None:
+    path = digits_path / array / "zarr.json"
+    document = json.loads(path.read_bytes())
+    match change:
+        case "{}" | "[]":
+            document = json.loads(change)
+        case "dtype":
+            document["data_type"] = "float64"
+        case "endian":
+            document["codecs"][0] = {"name": "bytes", "configuration": {"endian": "big"}}
+        case "chunks":
+            document["chunk_grid"]["configuration"]["chunk_shape"][-1] *= 2
+        case "fill":
+            document["fill_value"] = 7
+        case "shape":
+            document["shape"] = [*document["shape"], 2]
+    path.write_text(json.dumps(document))
+    with pytest.raises(DamagedRunError, match=f"{array}/zarr.json|there are commit records for"):
+        open_run(digits_path)
+
+
+def test_attributes_of_ones_own_do_no_harm(digits_path: Path) -> None:
+    zarr.open_group(digits_path, mode="r+", use_consolidated=False)["weights"].attrs["note"] = "mine"
+    assert open_run(digits_path).weights[39].shape == (3682,)
+    continue_digits(digits_path)
+    assert zarr.open_group(digits_path, mode="r")["weights"].attrs["note"] == "mine"
+
+
+def test_a_stray_file_among_the_objects_does_no_harm(digits_path: Path) -> None:
+    (digits_path / "weights/c/.DS_Store").write_bytes(b"x")
+    continue_digits(digits_path)
+    assert len(open_run(digits_path).epochs) == 41
+
+
+@pytest.mark.parametrize(
+    "key", ["weights", "weights/c/3", "weights/c/3/0", "epoch/commits", "epoch/tmp", "fits/modes10"]
+)
+def test_no_symbolic_link_is_followed(key: str, digits_path: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    if (digits_path / key).exists():
+        (digits_path / key).rename(outside)
+    else:
+        (digits_path / key).parent.mkdir(exist_ok=True)
+        (outside / "writer").mkdir(parents=True)
+        (outside / "writer" / "precious").write_text("mine")
+    (digits_path / key).symlink_to(outside)
+    before = sorted(path for path in outside.rglob("*"))
+
+    def everything() -> None:
+        continue_digits(digits_path)
+        fit(digits_path, name="modes10")
+        _ = open_run(digits_path).weights[:]
+
+    with pytest.raises(DamagedRunError, match="a symbolic link inside a run, expected none"):
+        everything()
+    assert sorted(path for path in outside.rglob("*")) == before
+
+
+def test_a_fit_of_another_run_is_refused(digits_path: Path, make_run: MakeRun) -> None:
+    other = make_run(correlated(5, 100), name="other")
+    fit(other, modes=2)
+    shutil.copytree(other.path / "fits", digits_path / "fits")
+    with pytest.raises(DamagedRunError, match="it belongs to a run of another layout"):
+        open_run(digits_path).fit("modes2")
+
+
+def test_a_forged_fit_is_refused(digits_path: Path) -> None:
+    fit(digits_path)
+    path = digits_path / "fits/modes10/zarr.json"
+    content = path.read_text()
+    for forged in (content.replace('"seed": 0', '"seed": 1'), content.replace("trajkit_fit", "other"), "{}"):
+        path.write_text(forged)
+        with pytest.raises(DamagedRunError, match=r"fits/modes10/zarr.json describes no fit"):
+            open_run(digits_path).fit("modes10")
+    path.write_text(content)
+    (digits_path / "fits/modes10/mode/objects.json").write_text("{}")
+    with pytest.raises(DamagedRunError, match=r"object fits/modes10/mode/objects.json is not what was saved"):
+        _ = open_run(digits_path).fit("modes10").scale
+
+
 def test_a_layout_that_was_not_recorded_is_found(digits_path: Path) -> None:
     root = json.loads((digits_path / "zarr.json").read_bytes())
     tensors = root["attributes"]["trajkit"]["layout"]
@@ -352,14 +619,17 @@ def test_a_chunk_equal_to_the_fill_value_is_stored(make_run: MakeRun) -> None:
 # --- What is in the way
 
 
-def test_no_run_and_no_epoch_yet(tmp_path: Path, digits_path: Path) -> None:
+def test_no_run_and_no_epoch_yet(tmp_path: Path) -> None:
     with pytest.raises(RunNotFoundError, match="no run here"):
         open_run(tmp_path / "nothing")
     with RunWriter(tmp_path / "run"), pytest.raises(RunNotFoundError, match="no run here"):
         open_run(tmp_path / "run")
-    shutil.rmtree(digits_path / "epoch/commits")
+    with RunWriter(tmp_path / "run") as writer, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalObjects, "create_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+        with pytest.raises(OSError, match="No space"):
+            append(writer, 0)
     with pytest.raises(RunNotFoundError, match="no epoch yet"):
-        open_run(digits_path)
+        open_run(tmp_path / "run")
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -440,6 +710,37 @@ def test_every_bit_pattern_of_float32_survives(make_run: MakeRun) -> None:
     np.testing.assert_array_equal(run.weights[:].view(np.uint32), bits.view(np.uint32))
 
 
+@pytest.mark.parametrize(
+    ("weights", "buffers", "message"),
+    [
+        (np.zeros(299, np.float32), {}, "weights is ('float32', (299,)), the layout asks for ('float32', (300,))"),
+        (np.zeros(301, np.float32), {}, "weights is ('float32', (301,))"),
+        (np.zeros(300), {}, "weights is ('float64', (300,))"),
+        (np.zeros((300, 1), np.float32), {}, "weights is ('float32', (300, 1))"),
+        (None, {"int64": None}, "buffers['int64'] is missing, the layout asks for ('int64', (1,))"),
+        (None, {"int64": np.zeros(2, np.int64)}, "buffers['int64'] is ('int64', (2,))"),
+        (None, {"float32": np.zeros(3)}, "buffers['float32'] is ('float64', (3,))"),
+        (None, {"bool": np.zeros(3, bool)}, "buffers['bool'] is ('bool', (3,)), the layout asks for none"),
+    ],
+)
+def test_vectors_that_the_layout_does_not_place_are_refused(
+    weights: Any, buffers: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    right_weights, right_buffers = epoch_values(0)
+    given = {name: value for name, value in {**right_buffers, **buffers}.items() if value is not None}
+    with RunWriter(tmp_path / "run") as writer:
+        with pytest.raises(InputError, match=re.escape(message)):
+            writer.append(LAYOUT, 0, right_weights if weights is None else weights, given)
+        append(writer, 0)
+    assert_whole(tmp_path / "run", 1)
+
+
+@pytest.mark.parametrize("epoch", [2**63, -(2**63) - 1, 10**30])
+def test_an_epoch_beyond_64_bits_is_refused(epoch: int, tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "run") as writer, pytest.raises(InputError, match="is no 64-bit integer"):
+        append(writer, epoch)
+
+
 # --- Chunks, shards and codecs
 
 
@@ -478,13 +779,56 @@ def test_sharded_rows_read_back_in_every_way(n: int, make_run: MakeRun) -> None:
     np.testing.assert_array_equal(zarr.open_group(run.path, mode="r")["weights"][:], matrix)
 
 
+READS: list[Callable[[Run], object]] = [
+    lambda run: run.weights[:],
+    lambda run: run.weights[1],
+    lambda run: run.weights[:, :],
+    lambda run: [run.weights[1, start : start + 1] for start in range(0, run.layout.n_weights, 8)],
+    lambda run: run.weights.gather([1], np.arange(run.layout.n_weights)),
+    lambda run: run.checkpoint(1),
+    lambda run: [run.trajectory(entry.name) for entry in run.layout.weights],
+    fit,
+    lambda run: write_checkpoint(run, 1, run.path.parent / "never.safetensors"),
+]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("n", [33, 128, 500, 509])
+@pytest.mark.parametrize("read", range(len(READS)))
+def test_a_flipped_bit_anywhere_in_the_weights_is_met_by_every_read(n: int, read: int, make_run: MakeRun) -> None:
+    """zarrs checks no checksum inside a shard, nor of a chunk that the array's edge cuts."""
+    path = make_run(correlated(3, n)).path
+    rng = np.random.default_rng(n)
+    objects = sorted((path / "weights/c/1").iterdir())
+    for _ in range(8):
+        chosen = objects[rng.integers(len(objects))]
+        content = chosen.read_bytes()
+        place, bit = rng.integers(len(content)), 1 << rng.integers(8)
+        chosen.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+        with pytest.raises(DamagedRunError, match=f"epoch 1: 'layer0': object weights/c/1/{chosen.name} does not have"):
+            READS[read](open_run(path))
+        chosen.write_bytes(content)
+    assert not (path.parent / "never.safetensors").exists()
+    assert open_run(path).fits == ()
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_a_damaged_shard_names_the_tensors_in_it(make_run: MakeRun) -> None:
-    run = make_run(correlated(3, 500), sizes=(100, 100, 100, 200))
-    key = sorted(path.name for path in (run.path / "weights/c/1").iterdir())[1]
-    damaged(run.path / "weights/c/1" / key, "flipped")
-    np.testing.assert_array_equal(run.weights[1, :100], run.weights[1, :100])
-    with pytest.raises(DamagedRunError, match=f"epoch 1: 'layer1' to 'layer2': object weights/c/1/{key}"):
+    matrix = correlated(3, 500)
+    run = make_run(matrix, sizes=(100, 100, 100, 200))
+    damaged(run.path / "weights/c/1/1", "flipped")
+    np.testing.assert_array_equal(run.weights[1, :100], matrix[1, :100])
+    with pytest.raises(DamagedRunError, match="epoch 1: 'layer1' to 'layer2': object weights/c/1/1 "):
+        _ = run.weights[:]
+
+
+def test_swapped_epochs_are_found_when_read(make_run: MakeRun) -> None:
+    run = make_run(correlated(4, 100))
+    one, other = run.path / "weights/c/1/0", run.path / "weights/c/2/0"
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    with pytest.raises(DamagedRunError, match="epoch 1: 'layer0': object weights/c/1/0 does not have the content"):
         _ = run.weights[:]
 
 
@@ -499,10 +843,7 @@ def test_bfloat16_values_are_compressed_and_float32_ones_are_not(make_run: MakeR
 
 def test_no_stored_object_holds_two_epochs(digits_path: Path) -> None:
     before = {path: path.read_bytes() for path in digits_path.rglob("c/*") if path.is_file()}
-    run = open_run(digits_path)
-    with RunWriter(digits_path) as writer:
-        buffers = {dtype: np.zeros(size, dtype) for dtype, size in run.layout.buffer_sizes.items()}
-        writer.append(run.layout, 40, run.weights[39], buffers)
+    continue_digits(digits_path)
     assert {path: path.read_bytes() for path in before} == before
     assert len(open_run(digits_path).epochs) == 41
 
@@ -510,6 +851,7 @@ def test_no_stored_object_holds_two_epochs(digits_path: Path) -> None:
 def test_writes_reach_the_disk_before_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every object of an epoch, and its folder, is synced before the commit record appears."""
     synced: set[tuple[int, int]] = set()
+    checked = 0
     fsync, link = os.fsync, os.link
 
     def remember(descriptor: int) -> None:
@@ -518,15 +860,21 @@ def test_writes_reach_the_disk_before_the_commit(tmp_path: Path, monkeypatch: py
         synced.add((status.st_dev, status.st_ino))
 
     def check(source: Path, target: Path) -> None:
-        for path in (tmp_path / "run").rglob("*"):
-            if "locks" in path.parts or "tmp" in path.parts or "commits" in path.parts:
+        nonlocal checked
+        for path in [tmp_path, tmp_path / "runs", tmp_path / "runs/run", *(tmp_path / "runs/run").rglob("*"), source]:
+            if path.relative_to(tmp_path).parts[3:4] in (("locks",), ("tmp",), ("commits",)) and path != source:
                 continue
             status = path.stat()
             assert (status.st_dev, status.st_ino) in synced, f"{path} is not on the disk at the commit"
+            checked += 1
         link(source, target)
+        synced.discard((target.parent.stat().st_dev, target.parent.stat().st_ino))
 
     monkeypatch.setattr(store_objects.os, "fsync", remember)
     monkeypatch.setattr(store_objects.os, "link", check)
-    with RunWriter(tmp_path / "run") as writer:
+    with RunWriter(tmp_path / "runs" / "run") as writer:
         for epoch in range(3):
             append(writer, epoch)
+            status = (tmp_path / "runs/run/epoch/commits").stat()
+            assert (status.st_dev, status.st_ino) in synced, "the name of the commit record is not on the disk"
+    assert checked > 40

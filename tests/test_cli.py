@@ -83,6 +83,10 @@ def test_json_is_for_machines(digits_path: Path) -> None:
     assert written["bytes"] == (digits_path.parent / "a.pt").stat().st_size
 
 
+def failing(_state_dict: dict[str, Any]) -> float:
+    raise RuntimeError("my mistake")
+
+
 def nan_score(_state_dict: dict[str, Any]) -> float:
     return float("nan")
 
@@ -119,12 +123,24 @@ def test_fewer_modes_than_asked_for_are_told(tmp_path: Path) -> None:
         (["evaluate", "RUN", "--with", "nosuch:thing"], 2, "'nosuch:thing' cannot be loaded (No module named"),
         (["evaluate", "RUN", "--with", "json:nosuch"], 2, "cannot be loaded (module 'json' has no attribute"),
         (["evaluate", "RUN", "--with", "json:__name__"], 2, "is a str, not a function"),
+        (["fit", "RUN", "--seed", "-1"], 2, "Invalid value for '--seed'"),
+        (["fit", "RUN", "--name", "zarr.json"], 1, "fit 'zarr.json': expected letters"),
+        (
+            ["evaluate", "RUN", "--with", "test_cli:failing", "--epochs", "3", "-q"],
+            1,
+            "test_cli:failing raised RuntimeError: my mistake while evaluating the recorded weights of epoch 3",
+        ),
+        (["evaluate", "RUN", "--with", "broken_module:f"], 2, "'broken_module:f' cannot be loaded"),
         (["record", "RUN", "missing3.pt"], 1, "missing3.pt: no such file, expected a checkpoint"),
         (["record", "new"], 2, "Missing argument"),
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
 )
-def test_what_is_wrong_is_one_line(arguments: list[str], code: int, message: str, digits_path: Path) -> None:
+def test_what_is_wrong_is_one_line(
+    arguments: list[str], code: int, message: str, digits_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
     result = invoke(*[digits_path if word == "RUN" else word for word in arguments], code=code)
     assert message in result.stderr.replace("\n", " ") or message in result.stderr
     assert "Traceback" not in result.output

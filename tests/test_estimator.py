@@ -7,6 +7,7 @@ import oracle
 import pytest
 from conftest import correlated
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -43,6 +44,11 @@ def test_inverse_transform_gives_the_modelled_trajectories() -> None:
     for row, (mode, scale, offset) in zip(new, transformed, strict=True):
         expected = np.polyfit(model.references_[:, int(mode)], row, 1)
         np.testing.assert_allclose([scale, offset], expected, rtol=1e-6, atol=1e-9)
+    for wrong in (-1, 5):
+        with pytest.raises(ValueError, match=r"X names modes .*, there are 5"):
+            model.inverse_transform([[wrong, 1, 1]])
+    with pytest.raises(NotFittedError):
+        _ = CMD().offset_
     with pytest.raises(ValueError, match=r"X has shape \(50, 2\), expected \(n, 3\)"):
         model.inverse_transform(transformed[:, :2])
 
@@ -60,7 +66,14 @@ def test_the_seed_and_the_cut_are_parameters() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"n_modes": 0}, "n_modes is 0, expected at least 1"),
+        ({"n_modes": 0}, "n_modes is 0, expected an integer from 1 to 65535"),
+        ({"n_modes": 2.5}, "n_modes is 2.5, expected an integer"),
+        ({"n_modes": "3"}, "n_modes is '3', expected an integer"),
+        ({"n_modes": DistanceCut(-1)}, "divisor of the distance cut is -1, expected more than 0"),
+        ({"sample_index": [-1, 2]}, "sample_index has to hold integers from 0 to 19"),
+        ({"sample_index": [1.7]}, "sample_index has to hold integers from 0 to 19"),
+        ({"sample_index": [True, False]}, "sample_index has to hold integers from 0 to 19"),
+        ({"sample_index": [20]}, "sample_index has to hold integers from 0 to 19"),
         ({"n_samples": 0}, "n_samples is 0, expected at least 1"),
         ({"sampling": "balanced"}, "sampling is 'balanced', expected 'uniform' or 'variance'"),
     ],

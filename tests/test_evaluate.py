@@ -59,9 +59,26 @@ def test_a_function_that_returns_no_number_is_told(returned: Any, digits_run: Ru
     assert digits_run.evaluations == ()
 
 
-def test_what_the_function_raises_passes_through(digits_run: Run) -> None:
-    with pytest.raises(ZeroDivisionError):
-        evaluate(digits_run, lambda _: 1 / 0)
+def test_what_the_function_raises_passes_through_with_its_place(digits_run: Run) -> None:
+    with pytest.raises(ZeroDivisionError) as raised:
+        evaluate(digits_run, lambda _: 1 / 0, epochs=[7])
+    assert raised.value.__notes__ == ["while evaluating the recorded weights of epoch 7"]
+
+
+def test_an_evaluation_that_cannot_be_kept_is_returned_all_the_same(
+    digits_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trajkit.training.evaluate.save_evaluation", no_room)
+    with pytest.warns(RuntimeWarning, match="the evaluation is not kept in the run: .*No space left"):
+        assert evaluate(digits_run, norm_of_bias, epochs=[1]).epochs[0].epoch == 1
+
+
+def test_no_epochs_are_an_error(digits_run: Run) -> None:
+    with pytest.raises(InputError, match="no epochs to evaluate"):
+        evaluate(digits_run, norm_of_bias, epochs=[])
 
 
 def test_unknown_epochs_and_fits_are_told_before_any_work(digits_run: Run) -> None:

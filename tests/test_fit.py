@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from trajkit import CMD, DistanceCut, Recorder, Run, fit, open_run
 from trajkit.errors import InputError, PathExistsError, RunLockedError, UnknownNameError
 from trajkit.store import format as store_format
 from trajkit.store.fits import FitWriter
+from trajkit.store.objects import LocalObjects
 
 RESULTS = ("mode", "scale", "mean", "offset", "correlation", "reference", "reference_index", "sample_index")
 
@@ -297,10 +301,16 @@ def test_balanced_samples_take_small_layers_too(digits_run: Run) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modes": 0}, "modes is 0, expected 1 to 65535"),
+        ({"modes": 0}, "modes is 0, expected an integer from 1 to 65535"),
         ({"modes": 70000}, "modes is 70000"),
+        ({"modes": 2.5}, "modes is 2.5, expected an integer"),
+        ({"modes": DistanceCut(float("inf"))}, "divisor of the distance cut is inf"),
+        ({"samples": 1e3}, "samples is 1000.0, expected an integer"),
+        ({"seed": -1}, "seed is -1, expected an integer of at least 0"),
+        ({"seed": None}, "seed is None"),
+        ({"epochs": [1.7, 2.9]}, "epoch is 1.7, expected an integer"),
         ({"modes": DistanceCut(0)}, "divisor of the distance cut is 0, expected more than 0"),
-        ({"samples": 0}, "samples is 0, expected at least 1"),
+        ({"samples": 0}, "samples is 0, expected an integer of at least 1"),
         ({"sampling": "clever"}, "sampling is 'clever', expected one of balanced, uniform, variance"),
         ({"epochs": [3]}, "1 epochs to fit, a correlation needs at least 2"),
         ({"epochs": []}, "0 epochs to fit"),
@@ -335,11 +345,36 @@ def test_a_not_finite_weight_is_refused_by_name(bad: float, column: int, make_ru
     matrix[6, column] = bad
     run = make_run(matrix, sizes=(20, 20), nonfinite="record")
     name = "layer0" if column == 0 else "layer1"
-    for sample_index in (None, [3, 4, 5]):
+    for choice in ({}, {"sample_index": [3, 4, 5]}, {"sampling": "variance"}):
         with pytest.raises(InputError, match=rf"'{name}' is not finite .*leave those epochs out with epochs="):
-            fit(run, modes=3, sample_index=sample_index)
+            fit(run, modes=3, **choice)  # type: ignore[arg-type]
     assert run.fits == ()
     assert fit(run, modes=3, epochs=range(6)).n_modes == 3
+
+
+def test_fits_at_the_same_time_take_the_next_default_name(digits_run: Run) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        names = list(pool.map(lambda seed: fit(digits_run, modes=3, samples=100, seed=seed).name, range(4)))
+    assert sorted(names) == ["modes3", "modes3-2", "modes3-3", "modes3-4"]
+    assert sorted(digits_run.fits) == sorted(names)
+
+
+def test_a_distance_cut_may_be_any_number(digits_run: Run) -> None:
+    assert fit(digits_run, modes=DistanceCut(np.float32(2))).settings["modes"] == {"divisor": 2.0}  # type: ignore[arg-type]
+    assert fit(digits_run, modes=DistanceCut(1e300), samples=50).name == "cut1e300"
+
+
+def test_the_model_of_a_buffer_is_refused(digits_run: Run) -> None:
+    with pytest.raises(InputError, match=r"'1.running_var' is a buffer, only weights are modelled"):
+        fit(digits_run).trajectory("1.running_var")
+
+
+def test_modelled_values_are_given_in_float64_too(digits_run: Run) -> None:
+    decomposition = fit(digits_run)
+    exact = decomposition.modelled([39], dtype=np.float64)
+    assert exact.dtype == np.float64
+    np.testing.assert_array_equal(exact.astype(np.float32), decomposition.modelled([39]))
+    assert (exact != decomposition.modelled([39])).any()
 
 
 def snapshot(path: Path) -> dict[Path, bytes]:
@@ -351,19 +386,31 @@ def test_an_interrupted_fit_leaves_the_run_as_it_was(
     interruption: BaseException, digits_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(digits_run.path)
-    for step in ("write_block", "commit"):
-        original = getattr(FitWriter, step)
+    for name in ("create", "replace", "create_atomically", "sync_names"):
+        original = getattr(LocalObjects, name)
+        for at in range(1, 6):
+            calls = 0
 
-        def interrupted(self: FitWriter, *arguments: Any, _original: Any = original) -> None:
-            _original(self, *arguments[:1]) if len(arguments) < 2 else None
-            raise interruption
+            def interrupted(*arguments: Any, _original: Any = original, _at: int = at) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == _at:
+                    raise interruption
+                _original(*arguments)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(FitWriter, step, interrupted)
-            with pytest.raises((KeyboardInterrupt, OSError)):
-                fit(digits_run)
-        assert digits_run.fits == ()
-        assert snapshot(digits_run.path) == before
+            with monkeypatch.context() as patch:
+                patch.setattr(LocalObjects, name, interrupted)
+                with contextlib.suppress(KeyboardInterrupt, OSError):
+                    fit(digits_run, name=f"{name}-{at}")
+            if calls >= at and not digits_run.fits:
+                folders = [path for path in digits_run.path.glob("fits") if path.is_dir()]
+                assert {
+                    path: data for path, data in snapshot(digits_run.path).items() if "fits" not in path.parts
+                } == before
+                assert not [path for folder in folders for path in folder.glob("*/*")]
+            for fitted in digits_run.fits:
+                assert digits_run.fit(fitted).scale.any()
+                shutil.rmtree(digits_run.path / "fits" / fitted)
     assert fit(digits_run).name == "modes10"
 
 

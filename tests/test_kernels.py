@@ -219,6 +219,14 @@ def test_references_are_the_oracles(cut: int | float) -> None:
     np.testing.assert_array_equal(choose_references(magnitude, labels), expected)
 
 
+def test_equal_directions_are_one_cluster_whatever_rounding_says() -> None:
+    walks = np.random.default_rng(0).normal(size=(20, 3)).cumsum(axis=0)
+    scales = np.random.default_rng(1).normal(size=60)
+    magnitude = np.abs(correlation_matrix(walks[:, np.arange(60) % 3] * scales))
+    labels = cluster(magnitude, 10)
+    assert np.bincount(labels).tolist() == [20, 20, 20]
+
+
 def test_fewer_clusters_than_modes() -> None:
     walk = np.random.default_rng(0).normal(size=(20, 2)).cumsum(axis=0)
     magnitude = np.abs(correlation_matrix(np.repeat(walk, 5, axis=1)))
@@ -289,5 +297,13 @@ def test_variance_sampling_prefers_what_moves() -> None:
 
 
 def test_variance_sampling_survives_a_huge_spread() -> None:
-    drawn = draw_by_variance(np.array([1e4, 1e4, 0.0]), 2, np.arange(3), np.random.default_rng(0))
-    assert drawn.tolist() == [0, 1]
+    for k in (2, 3):
+        drawn = draw_by_variance(np.array([1e4, 1e4, 0.0]), k, np.arange(3), np.random.default_rng(0))
+        assert drawn.tolist() == [0, 1, 2][:k]
+
+
+def test_variance_sampling_has_the_probabilities_of_the_paper() -> None:
+    spread = np.log([1.0, 2.0, 5.0])
+    rng = np.random.default_rng(0)
+    drawn = np.array([draw_by_variance(spread, 1, np.arange(3), rng)[0] for _ in range(4000)])
+    np.testing.assert_allclose(np.bincount(drawn) / 4000, [1 / 8, 2 / 8, 5 / 8], atol=0.03)

@@ -60,7 +60,8 @@ def test_any_slices_read_what_numpy_reads(data: st.DataObject, run: Run) -> None
 
 
 @pytest.mark.parametrize(
-    "index", [6, -7, (0, 50), (0, 0, 0), (None, 1), ([0], [1]), (..., ...), "a", (0, [50]), (0, 1.5)]
+    "index",
+    [6, -7, (0, 50), (0, 0, 0), (None, 1), ([0], [1]), (..., ...), "a", True, np.True_, [[0, 1]], (0, [50]), (0, 1.5)],
 )
 def test_an_index_out_of_bounds_or_sense_is_an_index_error(index: object, run: Run) -> None:
     with pytest.raises(IndexError):

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from .errors import InputError
 from .kernels.affine import References
 from .store.fits import StoredFit
 from .tensors import to_tensors
@@ -132,8 +133,13 @@ class Decomposition:
         rows = np.array([self.run.row_of(epoch) for epoch in epochs], dtype=np.int64)
         return self.run.columns(self.reference_index, rows)
 
-    def modelled(self, epochs: Iterable[int], start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+    def modelled(
+        self, epochs: Iterable[int], start: int = 0, stop: int | None = None, dtype: DTypeLike = np.float32
+    ) -> NDArray[Any]:
         """(k, n) modelled values of the weights ``start : stop`` at recorded epochs, without reading the weights.
+
+        They are computed in float64 and rounded to `dtype`: a weight near 1 that moves by 1e-4 shows its motion to
+        three digits in float32.
 
         Raises `UnknownNameError` for an epoch that is not recorded, `DamagedRunError` for a damaged fit.
         """
@@ -142,11 +148,13 @@ class Decomposition:
         modelled = (self.reference_at(epochs) - self._references.mean)[:, mode]
         modelled *= scale
         modelled += self.stored.read("mean", start, stop)
-        return modelled.astype(np.float32)
+        return modelled.astype(dtype, copy=False)
 
     def trajectory(self, name: str, epochs: Iterable[int] | None = None) -> NDArray[np.float32]:
         """(e, *shape) modelled trajectory of one weight tensor over the fitted epochs, or the given recorded ones."""
         entry = self.run.layout[name]
+        if entry.kind == "buffer":
+            raise InputError(f"'{name}' is a buffer, only weights are modelled; run.trajectory gives it as recorded")
         chosen = self.epochs if epochs is None else list(epochs)
         return self.modelled(chosen, entry.offset, entry.stop).reshape(len(chosen), *entry.shape)
 

@@ -40,7 +40,3 @@ class DamagedRunError(TrajkitError, OSError):
 
 class UnsupportedFormatError(TrajkitError, OSError):
     """The archive was written in a format that this version does not read."""
-
-
-class MissingExtraError(TrajkitError, ImportError):
-    """An optional dependency is not installed."""

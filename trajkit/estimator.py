@@ -12,9 +12,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .errors import InputError
 from .kernels.affine import References, fit_block
-from .kernels.clustering import DistanceCut, choose_references, cluster
+from .kernels.clustering import Cut, checked_cut, choose_references, cluster
 from .kernels.correlation import correlation_matrix
-from .kernels.sampling import draw_by_variance
+from .kernels.sampling import checked_sample, draw_by_variance
 
 
 class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -48,7 +48,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        n_modes: int | DistanceCut = 10,
+        n_modes: Cut = 10,
         n_samples: int = 1000,
         *,
         sampling: str = "uniform",
@@ -64,12 +64,11 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def fit(self, X: ArrayLike, y: None = None) -> Self:  # noqa: ARG002 (scikit-learn passes it)
         """Fit to trajectories X (N weights, E epochs); N ≥ 1, E ≥ 2, all finite."""
         values = self._trajectories(X, reset=True)
-        if not isinstance(self.n_modes, DistanceCut) and self.n_modes < 1:
-            raise InputError(f"n_modes is {self.n_modes}, expected at least 1; use 10")
+        cut = checked_cut(self.n_modes, "n_modes")
         self.sample_indices_ = self._sample(values)
         sampled = values[self.sample_indices_].T
         magnitude = np.abs(correlation_matrix(sampled))
-        chosen = choose_references(magnitude, cluster(magnitude, self.n_modes))
+        chosen = choose_references(magnitude, cluster(magnitude, cut))
         self.reference_indices_ = self.sample_indices_[chosen]
         self.references_ = sampled[:, chosen]
         fitted = fit_block(values.T, References(self.references_))
@@ -82,6 +81,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     @property
     def offset_(self) -> NDArray[np.float64]:
         """(N,) b = mean - a · mean(r), in float64."""
+        check_is_fitted(self)
         return self.mean_ - self.scale_.astype(np.float64) * References(self.references_).mean[self.labels_]
 
     def transform(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -98,7 +98,10 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         fitted = np.asarray(X, dtype=np.float64)
         if fitted.ndim != 2 or fitted.shape[1] != 3:
             raise InputError(f"X has shape {fitted.shape}, expected (n, 3) of mode, scale, offset; pass transform(X)")
-        return self.references_.T[fitted[:, 0].astype(np.int64)] * fitted[:, 1:2] + fitted[:, 2:3]
+        mode, n_modes = fitted[:, 0].astype(np.int64), self.references_.shape[1]
+        if mode.size and not 0 <= mode.min() <= mode.max() < n_modes:
+            raise InputError(f"X names modes {mode.min()} to {mode.max()}, there are {n_modes}; pass transform(X)")
+        return self.references_.T[mode] * fitted[:, 1:2] + fitted[:, 2:3]
 
     def reconstruct(self) -> NDArray[np.float64]:
         """(N, E) modelled trajectories of the weights that were fitted."""
@@ -116,7 +119,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def _sample(self, values: NDArray[np.floating]) -> NDArray[np.int64]:
         n = len(values)
         if self.sample_index is not None:
-            return np.unique(np.asarray(self.sample_index, dtype=np.int64))
+            return checked_sample(self.sample_index, n)
         if self.n_samples < 1:
             raise InputError(f"n_samples is {self.n_samples}, expected at least 1; use 1000")
         rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,15 +21,16 @@ from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
 from .decomposition import Decomposition
-from .errors import InputError
+from .errors import InputError, PathExistsError, RunLockedError
 from .kernels.affine import References, fit_block
-from .kernels.clustering import DistanceCut, choose_references, cluster
+from .kernels.clustering import Cut, DistanceCut, checked_cut, choose_references, cluster
 from .kernels.correlation import correlation_matrix
 from .kernels.sampling import (
     SAMPLINGS,
     Sampling,
     balanced_counts,
     candidates_suffice,
+    checked_sample,
     draw,
     draw_by_variance,
     uniform_counts,
@@ -38,12 +41,10 @@ from .store.format import PROBE, WEIGHTS, result_rule
 
 Progress = Callable[[int, int], None]
 
-MAX_MODES = 65535
-
 
 def fit(
     run: Run | PathLike,
-    modes: int | DistanceCut = 10,
+    modes: Cut = 10,
     samples: int = 1000,
     sampling: Sampling = "balanced",
     seed: int = 0,
@@ -58,8 +59,8 @@ def fit(
     modes: M, or a `DistanceCut` of the cluster tree. Fewer modes are fitted where the sample has fewer clusters.
     samples: K, how many weights the clusters are found on; all of them if the model has fewer.
     sampling: ``"balanced"`` (half spread equally over tensors, half by their size), ``"uniform"``, or ``"variance"``
-        (probability ∝ exp(standard deviation over time)). Samples come from the run's probe where that holds enough
-        of each tensor, so that they cost no pass over the archive; from all weights otherwise.
+        (probability ∝ exp(standard deviation over time), among the probe). Samples come from the run's probe where
+        that holds enough of each tensor, so that they cost no pass over the archive; from all weights otherwise.
     seed: of the sampling.
     epochs: labels of the recorded epochs to fit, all by default.
     sample_index: (K,) indices of the weights to use as the sample; `samples`, `sampling` and `seed` do not apply then.
@@ -70,24 +71,23 @@ def fit(
     that name exists, `DamagedRunError` where the archive is damaged. A fit that is interrupted leaves nothing behind.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    _require_modes(modes)
+    modes = checked_cut(modes, "modes")
     rows = run.rows_of(epochs)
     if rows.size < 2:
         raise InputError(f"{run.path}: {rows.size} epochs to fit, a correlation needs at least 2; record or name more")
-    settings: dict[str, Any] = {"modes": vars(modes) if isinstance(modes, DistanceCut) else int(modes)}
+    settings: dict[str, Any] = {"modes": vars(modes) if isinstance(modes, DistanceCut) else modes}
     if sample_index is None:
         sample = _sample(run, rows, samples, sampling, seed)
         settings |= {"samples": int(samples), "sampling": sampling, "seed": int(seed)}
     else:
-        sample = _given_sample(sample_index, run.layout.n_weights)
+        sample = checked_sample(sample_index, run.layout.n_weights)
     trajectories = run.columns(sample, rows)
     _require_finite(run, sample, np.isfinite(trajectories))
     magnitude = np.abs(correlation_matrix(trajectories))
     chosen = choose_references(magnitude, cluster(magnitude, modes))
     references = References(trajectories[:, chosen])
     job = _Job(run, rows, references)
-    name = _free_name(run, modes) if name is None else name
-    with FitWriter(run.archive.objects, name, run.layout.n_weights) as writer:
+    with _writer_for(run, modes, name) as writer:
         summaries = _over_blocks(job, writer, progress)
         attributes = {
             "trajkit": version("trajkit"),
@@ -142,7 +142,7 @@ def _over_blocks(job: _Job, writer: FitWriter, progress: Progress | None) -> lis
 def _fit_one(job: _Job, writer: FitWriter, start: int, stop: int) -> _BlockSummary:
     block = job.run.archive.read(WEIGHTS, job.rows, (start, stop))
     fitted = fit_block(block, job.references)
-    finite = np.isfinite(fitted.variation)
+    finite = np.isfinite(fitted.variation) & np.isfinite(fitted.scale)
     if not finite.all():
         bad = int(np.argmin(finite))
         _require_finite(job.run, np.array([start + bad]), np.isfinite(block[:, bad : bad + 1]))
@@ -179,8 +179,9 @@ def _sample(run: Run, rows: NDArray[np.int64], samples: int, sampling: Sampling,
     """(K,) rising indices, from the probe where it suffices."""
     if sampling not in SAMPLINGS:
         raise InputError(f"sampling is {sampling!r}, expected one of {', '.join(SAMPLINGS)}; choose one")
-    if samples < 1:
-        raise InputError(f"samples is {samples}, expected at least 1; use 1000")
+    for what, value, least in (("samples", samples, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+            raise InputError(f"{what} is {value!r}, expected an integer of at least {least}; choose one")
     rng = np.random.default_rng(seed)
     bounds, probe = run.layout.weight_bounds, run.probe_index
     sizes = np.diff(bounds)
@@ -190,29 +191,14 @@ def _sample(run: Run, rows: NDArray[np.int64], samples: int, sampling: Sampling,
                 f"samples is {samples}, variance sampling chooses among the run's {probe.size} probe weights;"
                 " ask for fewer or use balanced sampling"
             )
-        spread = run.archive.read(PROBE, rows, (0, probe.size)).std(axis=0, dtype=np.float64)
+        values = run.archive.read(PROBE, rows, (0, probe.size))
+        _require_finite(run, probe, np.isfinite(values))
+        spread = values.std(axis=0, dtype=np.float64)
         layer = np.searchsorted(bounds, probe, side="right") - 1
         represents = (sizes / np.maximum(np.bincount(layer, minlength=sizes.size), 1))[layer]
         return draw_by_variance(spread, samples, probe, rng, represents)
     counts = balanced_counts(sizes, samples) if sampling == "balanced" else uniform_counts(sizes, samples, rng)
     return draw(counts, bounds, rng, probe if candidates_suffice(counts, bounds, probe) else None)
-
-
-def _given_sample(sample_index: ArrayLike, n_weights: int) -> NDArray[np.int64]:
-    index = np.unique(np.asarray(sample_index))
-    if index.size == 0 or index.dtype.kind not in "iu" or index[0] < 0 or index[-1] >= n_weights:
-        raise InputError(f"sample_index has to hold integers from 0 to {n_weights - 1}; correct it")
-    if index.size != np.size(sample_index):
-        raise InputError("sample_index names a weight twice, expected each once; pass distinct indices")
-    return index.astype(np.int64)
-
-
-def _require_modes(modes: int | DistanceCut) -> None:
-    if isinstance(modes, DistanceCut):
-        if not modes.divisor > 0:
-            raise InputError(f"the divisor of the distance cut is {modes.divisor}, expected more than 0; use 2 to 10")
-    elif isinstance(modes, bool) or not 1 <= modes <= MAX_MODES:
-        raise InputError(f"modes is {modes}, expected 1 to {MAX_MODES}; use 10")
 
 
 def _require_finite(run: Run, index: NDArray[np.int64], finite: NDArray[np.bool_]) -> None:
@@ -226,8 +212,13 @@ def _require_finite(run: Run, index: NDArray[np.int64], finite: NDArray[np.bool_
     )
 
 
-def _free_name(run: Run, modes: int | DistanceCut) -> str:
-    base = f"cut{modes.divisor:g}" if isinstance(modes, DistanceCut) else f"modes{modes}"
-    taken = set(run.fits)
-    names = (base if number == 1 else f"{base}-{number}" for number in range(1, len(taken) + 2))
-    return next(name for name in names if name not in taken)
+def _writer_for(run: Run, modes: Cut, name: str | None) -> FitWriter:
+    """The writer of the fit by its name, or by the first default name that is free and that nobody else is writing."""
+    objects, n_weights = run.archive.objects, run.layout.n_weights
+    if name is not None:
+        return FitWriter(objects, name, n_weights)
+    base = f"cut{modes.divisor:g}".replace("+", "") if isinstance(modes, DistanceCut) else f"modes{modes}"
+    for number in itertools.count(1):
+        with contextlib.suppress(PathExistsError, RunLockedError):
+            return FitWriter(objects, base if number == 1 else f"{base}-{number}", n_weights)
+    raise AssertionError("count() does not end")

@@ -20,7 +20,7 @@ from .layout import ParameterLayout, TensorEntry, require_same_layout
 from .store.archive import Archive
 from .store.evaluations import Evaluation, read_evaluations
 from .store.fits import fit_names, open_fit
-from .store.format import PROBE, PROBE_INDEX, PROBE_SIZE, WEIGHTS, buffer_path
+from .store.format import PROBE, PROBE_SIZE, WEIGHTS, buffer_path
 from .store.writer import open_writer
 from .tensors import to_tensors
 from .trajectories import Trajectories
@@ -84,8 +84,7 @@ class Run:
     @cached_property
     def probe_index(self) -> NDArray[np.int64]:
         """(P,) rising indices of the weights whose values are kept once more in a small row each epoch."""
-        index: NDArray[np.int64] = self.archive.read_vector(PROBE_INDEX)
-        return index
+        return self.archive.read_probe_index()
 
     def row_of(self, epoch: int) -> int:
         """Position of a recorded epoch; raises `UnknownNameError` naming the nearest ones."""
@@ -99,7 +98,7 @@ class Run:
         """(e,) rising positions of the given epochs, of all when None; raises `InputError` for one named twice."""
         if epochs is None:
             return np.arange(len(self.epochs), dtype=np.int64)
-        rows = np.array(sorted(self.row_of(int(epoch)) for epoch in epochs), dtype=np.int64)
+        rows = np.array(sorted(self.row_of(_label(epoch)) for epoch in epochs), dtype=np.int64)
         if np.any(np.diff(rows) == 0):
             twice = self.epochs[rows[:-1][np.diff(rows) == 0][0]]
             raise InputError(f"epoch {twice} is named twice, expected each once; name it once")
@@ -120,6 +119,8 @@ class Run:
         float32 for weights (float16 and bfloat16 are exact in it), the stored dtype for buffers.
         """
         entry, rows = self.layout[name], self.rows_of(epochs)
+        if entry.size == 0:
+            return np.empty((len(rows), *entry.shape), entry.vector if entry.kind == "buffer" else np.float32)
         values = self.archive.read(_path(entry), rows, (entry.offset, entry.stop))
         return values.reshape(len(rows), *entry.shape)
 
@@ -157,7 +158,7 @@ class Run:
 
     def fit(self, name: str) -> Decomposition:
         """A saved fit; raises `UnknownNameError` naming those that exist."""
-        return Decomposition(self, open_fit(self.archive.objects, name))
+        return Decomposition(self, open_fit(self.archive.objects, name, self.layout))
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -186,9 +187,9 @@ class RunWriter:
     def __init__(self, path: PathLike, fsync: bool = True, nonfinite: NonFinite = "raise") -> None:
         if nonfinite not in ("raise", "record"):
             raise InputError(f"nonfinite is {nonfinite!r}, expected 'raise' or 'record'; choose one")
-        self.path = Path(path)
         self._nonfinite = nonfinite
-        self._writer = open_writer(self.path, fsync=fsync)
+        self._writer = open_writer(Path(path), fsync=fsync)
+        self.path = self._writer.root
 
     def __enter__(self) -> Self:
         return self
@@ -236,18 +237,19 @@ class RunWriter:
 
     def require_next(self, epoch: int) -> int:
         """`epoch` as an integer, if it can be recorded next; raises `InputError`."""
-        if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
-            raise InputError(f"{self.path}: epoch is {epoch!r}, expected an integer; pass the number of the epoch")
-        label = int(epoch)
-        last = self.epochs[-1] if self.epochs else None
-        if last is not None and label <= last:
-            state = "is recorded already" if label in self.epochs else f"comes before the last one, {last}"
-            raise InputError(f"{self.path}: epoch {label} {state}; go on after epoch {last} or record into a new run")
+        label = _label(epoch)
+        self._writer.require_next(label)
         return label
 
     @cached_property
     def _probe_index(self) -> NDArray[np.int64]:
         return open_run(self.path).probe_index
+
+
+def _label(epoch: Any) -> int:
+    if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
+        raise InputError(f"epoch is {epoch!r}, expected an integer; pass the number of the epoch")
+    return int(epoch)
 
 
 def _draw_probe(layout: ParameterLayout) -> NDArray[np.int64]:
@@ -262,19 +264,22 @@ def _require_finite(layout: ParameterLayout, weights: NDArray[np.float32], where
         return
     first = int(np.argmin(finite))
     raise InputError(
-        f"{where}: '{layout.weight_at(first)}' has {weights[first]} ({weights.size - int(finite.sum())} of"
-        f" {weights.size} weights are not finite), expected finite weights; record with nonfinite='record' to keep them"
+        f"{where}: '{layout.weight_at(first)}' has {weights[first]}, {weights.size - int(finite.sum())} of"
+        f" {weights.size} weights are not finite, expected finite weights; record with nonfinite='record'"
+        " (--nonfinite record) to keep them"
     )
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Metrics as floats: numbers and 0-d arrays or tensors are taken."""
+    if not isinstance(metrics, Mapping):
+        raise InputError(f"metrics are a {type(metrics).__name__}, expected names and numbers; pass a dict")
     plain: dict[str, float] = {}
     for name, value in metrics.items():
         try:
             plain[str(name)] = float(value.item() if hasattr(value, "item") else value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"metric '{name}' is {value!r}, expected a number; pass a float") from error
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InputError(f"metric '{name}' is {str(value)[:80]!r}, expected a number; pass a float") from error
     return plain
 
 

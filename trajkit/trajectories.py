@@ -64,6 +64,8 @@ class Trajectories:
     def __getitem__(self, key: Any) -> Any:
         row_key, column_key = self._two_axes(key)
         rows = np.arange(self.shape[0])[row_key]
+        if rows.ndim > 1:
+            raise IndexError(f"epochs are indexed by integers, slices, masks or lists of them; found {row_key!r}")
         wanted = np.atleast_1d(rows)
         if isinstance(column_key, slice):
             start, stop, step = column_key.indices(self.shape[1])
@@ -99,6 +101,8 @@ class Trajectories:
         keys = (*keys, *[slice(None)] * (2 - len(keys)))
         if len(keys) > 2 or any(part is None for part in keys):
             raise IndexError(f"trajectories have two axes, epoch and weight; found the index {key!r}")
+        if any(isinstance(part, bool | np.bool_) for part in keys):
+            raise IndexError(f"trajectories are indexed by numbers, slices and masks; found {key!r}")
         if not any(isinstance(part, (slice, int, np.integer)) for part in keys):
             raise IndexError("index epochs or weights by an array, not both at once; use weights[epochs][:, columns]")
         return keys[0], keys[1]

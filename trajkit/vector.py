@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import InputError, LayoutError
-from .layout import FLOATING, ParameterLayout, TensorEntry
+from .layout import ParameterLayout, TensorEntry
 
 # How BatchNorm's statistics are told from weights in a checkpoint file, which does not say what is a parameter.
 BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
@@ -53,7 +53,7 @@ def layout_of(tensors: Mapping[str, Tensor], parameters: Collection[str] | None 
             name=name,
             shape=tuple(tensor.shape),
             dtype=_dtype(tensor),
-            kind="weight" if listed and _dtype(tensor) in FLOATING else "buffer",
+            kind="weight" if listed and tensor.is_floating_point() else "buffer",
             trainable=tensor.requires_grad or parameters is None,
             aliases=tuple(names[1:]),
         )

@@ -64,7 +64,7 @@ def epochs_of(paths: Sequence[Path], first_epoch: int | None = None) -> dict[int
     name has no number, or where two files would be the same epoch; `first_epoch` is the way out.
     """
     if first_epoch is not None:
-        ordered = sorted(paths, key=lambda path: [int(part) if part.isdigit() else part for part in _parts(path)])
+        ordered = sorted(paths, key=lambda path: [int(part) if part.isdecimal() else part for part in _parts(path)])
         return dict(enumerate(ordered, start=first_epoch))
     epochs: dict[int, Path] = {}
     for path in paths:
@@ -100,11 +100,17 @@ def _arranged(known: ParameterLayout, tensors: dict[str, Tensor]) -> dict[str, T
     arranged: dict[str, Tensor] = {}
     for entry in known.tensors:
         present = [tensors[name] for name in entry.names if name in tensors]
-        if any(not torch.equal(present[0], copy) for copy in present[1:]):
+        if any(not _same_bits(present[0], copy) for copy in present[1:]):
             raise LayoutError(f"{' and '.join(entry.names)} differ, the run has them tied; record into a new run")
         if present:
             arranged |= dict.fromkeys(entry.names, present[0])
     return arranged | {name: tensor for name, tensor in tensors.items() if name not in known}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN included."""
+    same_kind = one.dtype == other.dtype and one.shape == other.shape
+    return same_kind and torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
 
 
 def _parts(path: Path) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,6 +58,8 @@ def write_checkpoint(
     decomposition = None if fit is None else run.fit(fit)
     if target.suffix not in (".safetensors", ".pt"):
         raise InputError(f"{target}: expected a name that ends in .safetensors or .pt; choose one of these")
+    if target.is_dir():
+        raise InputError(f"{target}: a folder, expected a file to write; choose another name")
     if target.exists() and not overwrite:
         raise PathExistsError(f"{target}: exists already; choose another name or overwrite it (--force)")
     with _replacing(target) as file:
@@ -71,19 +74,23 @@ Values = Callable[[TensorEntry], Iterator[NDArray[Any]]]
 
 
 def _values_of(run: Run, epoch: int, row: int, decomposition: Decomposition | None) -> Values:
-    """How to get a tensor's stored values, slab by slab."""
+    """How to get a tensor's stored values, piece by piece; small tensors come out of one slab of the vector."""
     buffers = run.stored_buffers(epoch)
+
+    @lru_cache(maxsize=1)
+    def slab(number: int) -> NDArray[Any]:
+        start, stop = number * SLAB, min((number + 1) * SLAB, run.layout.n_weights)
+        if decomposition is None:
+            return np.asarray(run.archive.read(WEIGHTS, [row], (start, stop))[0])
+        return np.asarray(decomposition.modelled([epoch], start, stop)[0])
 
     def values(entry: TensorEntry) -> Iterator[NDArray[Any]]:
         if entry.kind == "buffer":
             yield buffers[entry.name].ravel()
             return
-        for start in range(entry.offset, entry.stop, SLAB):
-            stop = min(start + SLAB, entry.stop)
-            if decomposition is None:
-                yield run.archive.read(WEIGHTS, [row], (start, stop))[0]
-            else:
-                yield decomposition.modelled([epoch], start, stop)[0]
+        for number in range(entry.offset // SLAB, -(-entry.stop // SLAB)):
+            origin = number * SLAB
+            yield slab(number)[max(entry.offset - origin, 0) : entry.stop - origin]
 
     return values
 
@@ -118,23 +125,16 @@ def _original_bytes(values: NDArray[Any], dtype: str) -> memoryview:
 @contextmanager
 def _replacing(target: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `target` when the block ends well, and leaves no trace otherwise."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except FileNotFoundError as error:
-        raise InputError(f"{target}: its folder does not exist; make it first") from error
+        file = temporary.open("xb")
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
     try:
-        with open(descriptor, "wb") as file:
+        with file:
             yield file
             file.flush()
-            os.fsync(descriptor)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -28,20 +28,24 @@ class References:
     trajectories: NDArray[np.floating]
 
     @cached_property
+    def _standardised(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return standardised(self.trajectories)
+
+    @cached_property
     def unit(self) -> NDArray[np.float64]:
         """(M, E), centred, with norm 1; zeros for a constant reference."""
-        return np.ascontiguousarray(standardised(self.trajectories).T)
+        return np.ascontiguousarray(self._standardised[0].T)
+
+    @property
+    def norm(self) -> NDArray[np.float64]:
+        """(M,) Euclidean norm of the centred references; 0 for a constant one."""
+        return self._standardised[1]
 
     @cached_property
     def mean(self) -> NDArray[np.float64]:
         """(M,) mean over the epochs."""
         origin = self.trajectories[:1].astype(np.float64)
         return np.asarray((self.trajectories - origin).mean(axis=0) + origin[0])
-
-    @cached_property
-    def norm(self) -> NDArray[np.float64]:
-        """(M,) Euclidean norm of the centred references; 0 for a constant one."""
-        return np.asarray(np.linalg.norm(self.trajectories - self.mean, axis=0) * (self.unit != 0).any(axis=1))
 
 
 @dataclass(frozen=True)

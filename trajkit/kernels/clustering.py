@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True)
 class DistanceCut:
@@ -20,23 +22,42 @@ class DistanceCut:
     divisor: float
 
 
+Cut = int | DistanceCut
+
+MAX_MODES = 65535
+
+
+def checked_cut(cut: Cut, what: str) -> Cut:
+    """`cut` as a plain integer or a `DistanceCut` of a float; raises `InputError` naming `what` it was given as."""
+    if isinstance(cut, DistanceCut):
+        divisor = float(cut.divisor)
+        if not 0 < divisor < np.inf:
+            raise InputError(f"the divisor of the distance cut is {divisor:g}, expected more than 0; use 2 to 10")
+        return DistanceCut(divisor)
+    if isinstance(cut, bool) or not hasattr(cut, "__index__") or not 1 <= int(cut) <= MAX_MODES:
+        raise InputError(f"{what} is {cut!r}, expected an integer from 1 to {MAX_MODES}; use 10")
+    return int(cut)
+
+
 def row_distances(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """Euclidean distances between the rows of a symmetric (K, K) matrix, condensed to (K·(K-1)/2,).
 
-    By the Gram matrix: K = 3000 takes well under a second, where scipy's pair loop takes 12.
+    By the Gram matrix: K = 3000 takes well under a second, where scipy's pair loop takes 12. Squares within rounding of
+    zero are zero, or equal rows would seem apart.
     """
     squared = matrix @ matrix.T
     norms = np.diagonal(squared).copy()
+    rounding = 4 * len(matrix) * np.finfo(np.float64).eps * norms.max()
     squared *= -2.0
     squared += norms[:, None]
     squared += norms[None, :]
-    np.maximum(squared, 0.0, out=squared)
+    squared[squared < rounding] = 0.0
     np.sqrt(squared, out=squared)
     np.fill_diagonal(squared, 0.0)
     return squareform(squared, checks=False)
 
 
-def cluster(magnitude: NDArray[np.float64], cut: int | DistanceCut) -> NDArray[np.int64]:
+def cluster(magnitude: NDArray[np.float64], cut: Cut) -> NDArray[np.int64]:
     """Cluster label of each sample, (K,), from their (K, K) matrix of |correlations|.
 
     `cut` is the largest number of clusters, or a `DistanceCut`. Labels rise from 0 by falling size of the cluster, and

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InputError
 
 Sampling = Literal["balanced", "uniform", "variance"]
 SAMPLINGS: tuple[Sampling, ...] = ("balanced", "uniform", "variance")
@@ -82,6 +84,16 @@ def draw_by_variance(
     log_weight = spread.astype(np.float64)
     if represents is not None:
         log_weight = log_weight + np.log(represents)
-    weight = np.exp(log_weight - log_weight.max())
-    chosen = rng.choice(candidates, size=min(k, candidates.size), replace=False, p=weight / weight.sum())
-    return np.sort(chosen)
+    # The k largest of these keys are such a draw (Gumbel top-k), and no weight underflows to a probability of zero.
+    keys = log_weight + rng.gumbel(size=log_weight.size)
+    return np.sort(candidates[np.argsort(-keys, kind="stable")[:k]])
+
+
+def checked_sample(sample_index: ArrayLike, n_weights: int) -> NDArray[np.int64]:
+    """(K,) rising indices from what a user gives; raises `InputError` unless distinct integers from 0 to N - 1."""
+    index = np.unique(np.asarray(sample_index))
+    if index.size == 0 or index.dtype.kind not in "iu" or index[0] < 0 or index[-1] >= n_weights:
+        raise InputError(f"sample_index has to hold integers from 0 to {n_weights - 1}; correct it")
+    if index.size != np.size(sample_index):
+        raise InputError("sample_index names a weight twice, expected each once; pass distinct indices")
+    return index.astype(np.int64)

@@ -1,8 +1,8 @@
-"""Reading an archive: what is committed, as lazily opened arrays that refuse damage."""
+"""Reading an archive: what is committed, as arrays that refuse damage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..digest import digest
 from ..errors import DamagedRunError, RunNotFoundError
 from ..layout import ParameterLayout
-from .arrays import open_array, whole_chunks, with_rows
-from .commit import CommitRecord, StoredObject, read_records
-from .format import METADATA, PROBE_INDEX, WEIGHTS
+from .arrays import DamagedObjectError, VerifiedReader, with_rows
+from .commit import CommitRecord, read_records
+from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays
 from .objects import LocalObjects
 from .root import layout_of_root, read_document
 
@@ -30,6 +29,8 @@ class Archive:
     objects: LocalObjects
     layout: ParameterLayout
     records: tuple[CommitRecord, ...]
+    documents: dict[str, dict[str, Any]]
+    """Path -> ``zarr.json`` of every array, with exactly the committed rows."""
 
     @classmethod
     def open(cls, root: Path) -> Archive:
@@ -42,110 +43,113 @@ class Archive:
         if not objects.exists(METADATA):
             raise RunNotFoundError(f"{root}: no run here, expected a directory with a {METADATA}; check the path")
         layout = layout_of_root(objects)
-        records = read_records(objects)
+        records = read_all_records(objects)
         if not records:
             raise RunNotFoundError(f"{root}: the run has no epoch yet; wait for the first one to be recorded")
         if any(record.layout != layout.digest for record in records):
             raise DamagedRunError(
                 f"{root}: the layout in {METADATA} is not the one that was recorded; restore {METADATA} from a copy"
             )
-        return cls(objects, layout, records)
+        documents = checked_documents(objects, layout)
+        grown = {path: with_rows(document, len(records)) for path, document in documents.items()}
+        return cls(objects, layout, records, grown | {PROBE_INDEX: documents[PROBE_INDEX]})
 
     def __len__(self) -> int:
         return len(self.records)
 
     @cached_property
-    def committed(self) -> dict[str, StoredObject]:
-        """Every object that a commit names."""
-        return {key: stored for record in self.records for key, stored in record.objects.items()}
-
-    def document(self, path: str) -> dict[str, Any]:
-        """The ``zarr.json`` of an array."""
-        return read_document(self.objects, f"{path}/{METADATA}")
-
-    def array(self, path: str) -> Any:
-        """The zarr array at `path` with exactly the committed rows; it checks nothing, `read` does."""
-        document = self.document(path)
-        if path != PROBE_INDEX:
-            document = with_rows(document, len(self.records))
-        return self._arrays.setdefault(path, open_array(self.objects, path, document))
-
-    @cached_property
-    def _arrays(self) -> dict[str, Any]:
-        return {}
+    def _reader(self) -> VerifiedReader:
+        committed = {key: stored for record in self.records for key, stored in record.objects.items()}
+        return VerifiedReader(self.objects, committed)
 
     def read(self, path: str, rows: Sequence[int] | NDArray[np.integer[Any]], columns: Columns) -> NDArray[Any]:
         """Values (len(rows), stop - start) of an array with rows, in the order of `rows`.
 
         Raises `DamagedRunError` naming epoch, tensor and object where an object that it needs is damaged.
         """
-        array = self._arrays.get(path)
-        if array is None:
-            array = self.array(path)
-        start, stop = columns
-        whole = whole_chunks(array, start, stop, axis=1)
         wanted = np.asarray(rows, dtype=np.int64)
-        keys = list(self._keys(path, array, wanted, columns))
-        self.require(keys)
+        if wanted.size and np.array_equal(wanted, np.arange(wanted[0], wanted[0] + wanted.size)):
+            return self._read(path, (slice(int(wanted[0]), int(wanted[0]) + wanted.size), slice(*columns)))
+        found = np.empty((wanted.size, columns[1] - columns[0]), dtype=self.documents[path]["data_type"])
+        for position, row in enumerate(wanted.tolist()):
+            found[position] = self._read(path, (slice(row, row + 1), slice(*columns)))
+        return found
+
+    def read_probe_index(self) -> NDArray[np.int64]:
+        """(P,) indices of the probe weights."""
+        return self._read(PROBE_INDEX, (slice(0, self.documents[PROBE_INDEX]["shape"][0]),))
+
+    def _read(self, path: str, region: tuple[slice, ...]) -> NDArray[Any]:
         try:
-            if wanted.size and np.array_equal(wanted, np.arange(wanted[0], wanted[0] + wanted.size)):
-                found = np.asarray(array[int(wanted[0]) : int(wanted[0]) + wanted.size, whole])
-            else:
-                found = np.empty((wanted.size, whole.stop - whole.start), dtype=array.dtype)
-                for position, row in enumerate(wanted):
-                    found[position] = array[int(row), whole]
-            return found[:, start - whole.start : stop - whole.start]
-        except (ValueError, RuntimeError, OSError) as error:
-            self.blame(keys)
-            raise DamagedRunError(f"{self.objects.root}: {path} cannot be read ({error})") from error
+            return self._reader.read(path, self.documents[path], region)
+        except DamagedObjectError as damage:
+            raise DamagedRunError(f"{self._place(damage.key)}{damage}; restore it from a copy of the run") from None
 
-    def read_vector(self, path: str) -> NDArray[Any]:
-        """All values of a one-dimensional array without rows, such as the probe's indices."""
-        key = f"{path}/c/0"
-        self.require([key])
-        try:
-            return np.asarray(self.array(path)[:])
-        except (ValueError, RuntimeError, OSError) as error:
-            self.blame([key])
-            raise DamagedRunError(f"{self.objects.root}: {path} cannot be read ({error})") from error
-
-    def require(self, keys: Iterable[str]) -> None:
-        """Raise `DamagedRunError` if an object is missing or has another length than was committed.
-
-        Zarr would read such an object as fill values, without a word.
-        """
-        for key in keys:
-            found, expected = self.objects.size(key), self.committed[key].length
-            if found != expected:
-                state = "missing" if found is None else f"{found} bytes long"
-                raise self._damage(key, f"is {state}, {expected} bytes were committed")
-
-    def blame(self, keys: Iterable[str]) -> None:
-        """Raise `DamagedRunError` for the first object whose content is not what was committed."""
-        for key in keys:
-            if digest(self.objects.read(key)) != self.committed[key].hash:
-                raise self._damage(key, "does not have the content that was committed")
-
-    def _keys(self, path: str, array: Any, rows: NDArray[np.int64], columns: Columns) -> Iterable[str]:
-        """The objects that hold the given rows and columns of an array with rows."""
-        stored = array.shards or array.chunks
-        for row in rows:
-            if array.ndim == 1:
-                yield f"{path}/c/{row}"
-            else:
-                for piece in range(columns[0] // stored[1], -(-columns[1] // stored[1])):
-                    yield f"{path}/c/{row}/{piece}"
-
-    def _damage(self, key: str, what: str) -> DamagedRunError:
+    def _place(self, key: str) -> str:
+        """Where an object belongs: run, epoch and tensors."""
         path, _, position = key.partition("/c/")
         indices = [int(index) for index in position.split("/")]
-        where = f"{self.objects.root}: "
+        place = f"{self.objects.root}: "
         if path != PROBE_INDEX:
-            where += f"epoch {self.records[indices[0]].epoch}: "
+            place += f"epoch {self.records[indices[0]].epoch}: "
         if path == WEIGHTS:
-            array = self.array(path)
-            width = (array.shards or array.chunks)[1]
+            width = self.documents[path]["chunk_grid"]["configuration"]["chunk_shape"][1]
             first = self.layout.weight_at(indices[1] * width)
             last = self.layout.weight_at(min((indices[1] + 1) * width, self.layout.n_weights) - 1)
-            where += f"'{first}': " if first == last else f"'{first}' to '{last}': "
-        return DamagedRunError(f"{where}object {key} {what}; restore it from a copy of the run")
+            place += f"'{first}': " if first == last else f"'{first}' to '{last}': "
+        return place
+
+
+def checked_documents(objects: LocalObjects, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
+    """Path -> ``zarr.json`` of every array of a run, as stored, rows included.
+
+    The layout decides all of it but the number of probe weights and the codec, so a document that says something else
+    is damaged, and `DamagedRunError` names it.
+    """
+    stored = {path: read_document(objects, f"{path}/{METADATA}") for path in all_arrays(layout, 1, zstd=False)}
+    n_probe = _first_length(stored[PROBE_INDEX])
+    if not 1 <= n_probe <= layout.n_weights:
+        raise DamagedRunError(f"{objects.root}: {PROBE_INDEX}/{METADATA} has {n_probe} probe weights; restore it")
+    possible = [all_arrays(layout, n_probe, zstd) for zstd in (False, True)]
+    for path, document in stored.items():
+        if not any(_same_array(document, expected[path]) for expected in possible):
+            raise DamagedRunError(
+                f"{objects.root}: {path}/{METADATA} does not describe the array that the layout asks for;"
+                " restore it from a copy of the run"
+            )
+    return stored
+
+
+def read_all_records(objects: LocalObjects) -> tuple[CommitRecord, ...]:
+    """All commit records; raises `DamagedRunError` where an array shows more epochs: shapes never run ahead."""
+    shown = {
+        path: _first_length(
+            read_document(objects, f"{path}/{METADATA}")
+        )  # before the records, which may grow meanwhile
+        for path in (EPOCH, WEIGHTS)
+        if objects.exists(f"{path}/{METADATA}")
+    }
+    records = read_records(objects)
+    for path, rows in shown.items():
+        if rows > len(records):
+            raise DamagedRunError(
+                f"{objects.root}: {path} has {rows} epochs, there are commit records for {len(records)};"
+                " restore epoch/commits from a copy of the run"
+            )
+    return records
+
+
+def _first_length(document: dict[str, Any]) -> int:
+    shape = document.get("shape")
+    return shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else -1
+
+
+def _same_array(stored: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether a stored ``zarr.json`` describes the expected array; its length along the first axis is left open."""
+    fixed = {key: value for key, value in expected.items() if key not in ("attributes", "shape")}
+    shape = stored.get("shape")
+    return (
+        all(stored.get(key) == value for key, value in fixed.items())
+        and isinstance(shape, list)
+        and shape[1:] == list(expected["shape"][1:])
+    )

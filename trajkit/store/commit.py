@@ -95,10 +95,12 @@ def _decode(objects: LocalObjects, row: int) -> tuple[CommitRecord, str]:
         own_hash = document[ALGORITHM]
         if digest(canonical_json(fields)) != own_hash:
             raise ValueError("its content does not match its hash")
+        if not isinstance(fields["epoch"], int) or not -(2**63) <= fields["epoch"] < 2**63:
+            raise ValueError(f"epoch {fields['epoch']!r} is no 64-bit integer")
         fields["metrics"] = read_metrics(fields["metrics"])
         fields["objects"] = {key: StoredObject(*stored) for key, stored in fields["objects"].items()}
         return CommitRecord(**fields), own_hash
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _damaged(objects, row, f"cannot be read ({error})") from error
 
 

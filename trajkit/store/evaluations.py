@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from ..errors import DamagedRunError
 from .format import EVALUATIONS, METADATA, group_document, read_metrics, spell_metrics
 from .objects import LocalObjects
-from .root import read_document, refresh_root, write_document
+from .root import encoded, read_document, write_document
 
 EVALUATION_ATTRIBUTE = "trajkit_evaluation"
 
@@ -63,7 +62,7 @@ def save_evaluation(objects: LocalObjects, evaluation: Evaluation) -> None:
     """Keep an evaluation beside the earlier ones; it exists whole or not at all."""
     if not objects.exists(f"{EVALUATIONS}/{METADATA}"):
         write_document(objects, EVALUATIONS, group_document())
-    group = json.dumps(group_document({EVALUATION_ATTRIBUTE: evaluation.to_json()}), indent=2).encode()
+    group = encoded(group_document({EVALUATION_ATTRIBUTE: evaluation.to_json()}), EVALUATIONS)
     number = len(_numbers(objects))
     while True:
         try:
@@ -71,7 +70,6 @@ def save_evaluation(objects: LocalObjects, evaluation: Evaluation) -> None:
             break
         except FileExistsError:
             number += 1
-    refresh_root(objects)
 
 
 def read_evaluations(objects: LocalObjects) -> tuple[Evaluation, ...]:

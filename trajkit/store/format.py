@@ -7,7 +7,7 @@ E epochs, N weights, P probe weights, k tensors. A *row* is the position of an e
 node                  dtype      dimensions          content
 ====================  =========  ==================  ==============================================================
 ``/``                            group               attribute ``trajkit``: ``format`` (1), ``layout`` (see below);
-                                                     consolidated metadata of all nodes
+                                                     consolidated metadata of the arrays
 ``weights``           float32    (epoch, weight)     the flat weight vectors
 ``epoch``             int64      (epoch)             the recorded labels, strictly rising; the coordinate
 ``probe``             float32    (epoch, probe_weight) the values of the probe weights once more
@@ -158,8 +158,8 @@ def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
 
 
-def row_arrays(layout: ParameterLayout, n_probe: int, zstd: bool) -> dict[str, dict[str, Any]]:
-    """The arrays that grow by one row an epoch: path -> ``zarr.json`` with zero epochs. `epoch` comes last."""
+def all_arrays(layout: ParameterLayout, n_probe: int, zstd: bool) -> dict[str, dict[str, Any]]:
+    """Every array of a run: path -> ``zarr.json`` with zero epochs. All but ``probe_index`` grow by a row an epoch."""
     chunking = chunk_rule(layout.n_weights)
     shard = (1, chunking.stored) if chunking.sharded else None
     arrays = {
@@ -171,6 +171,7 @@ def row_arrays(layout: ParameterLayout, n_probe: int, zstd: bool) -> dict[str, d
     for dtype, size in layout.buffer_sizes.items():
         arrays[buffer_path(dtype)] = array_document(dtype, (0, size), (1, size), (EPOCH, dtype))
     arrays[EPOCH] = array_document("int64", (0,), (1,), (EPOCH,))
+    arrays[PROBE_INDEX] = array_document("int64", (n_probe,), (n_probe,), ("probe_weight",))
     return arrays
 
 
@@ -186,10 +187,10 @@ def commit_key(row: int) -> str:
 
 def require_name(name: str, what: str) -> str:
     """`name`, if it can name a node of the archive; raises `InputError`."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == METADATA:
         raise InputError(
-            f"{what} {name!r}: expected letters, digits, '.', '_' and '-', a letter or digit first, at most 100;"
-            " choose another name"
+            f"{what} {name!r}: expected letters, digits, '.', '_' and '-', a letter or digit first, at most 100"
+            "; choose another name"
         )
     return name
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import platform
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import RunLockedError
@@ -23,27 +22,24 @@ class WriterLock:
     """
 
     def __init__(self, path: Path, what: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(descriptor, 1000, 0)
             os.close(descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
             raise RunLockedError(f"{what} is being written by {_described(holder)}; wait for it or stop it") from error
         self.release = weakref.finalize(self, os.close, descriptor)
         os.register_at_fork(after_in_child=self.release)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"process": os.getpid(), "host": platform.node()}).encode(), 0)
 
-
-@contextmanager
-def brief_lock(path: Path) -> Iterator[None]:
-    """Wait for a lock that others hold for moments only, and hold it for the block."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    @property
+    def held(self) -> bool:
+        """Whether this object still holds the lock: not after `release`, and not in a forked child."""
+        return self.release.alive
 
 
 def _described(holder: bytes) -> str:

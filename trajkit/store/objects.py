@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..digest import digest_of_file
+from ..errors import DamagedRunError
 from .format import TEMPORARY
 
 Bytes = bytes | memoryview
@@ -21,17 +24,26 @@ class LocalObjects:
     """The objects under one directory, by keys such as ``weights/c/12/0``.
 
     With `fsync`, every write that returned has reached the disk, names of new files included once `sync_names` has
-    returned. All writes of the library pass through these few methods.
+    returned. All access of the library passes through these few methods. None follows a symbolic link below the root:
+    in the archive of a stranger it could lead anywhere.
     """
 
-    def __init__(self, root: Path, fsync: bool = True) -> None:
-        self.root = root
+    def __init__(self, root: Path, fsync: bool = True, owner: str | None = None) -> None:
+        self.root = Path(os.path.abspath(root))  # a training may change its directory
         self.fsync = fsync
+        self._temporary_folder = f"{TEMPORARY}/{owner or uuid.uuid4().hex}"
         self._unsynced: set[Path] = set()
+        self._unsynced_lock = threading.Lock()
 
     def path(self, key: str) -> Path:
-        """The file that holds an object."""
-        return self.root / key
+        """The file that holds an object; raises `DamagedRunError` where a symbolic link is on the way."""
+        target = self.root / key
+        here = self.root
+        for part in Path(key).parts:
+            here = here / part
+            if here.is_symlink():
+                raise DamagedRunError(f"{here}: a symbolic link inside a run, expected none; put the data in its place")
+        return target
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
@@ -48,6 +60,10 @@ class LocalObjects:
         """All bytes of an object."""
         return self.path(key).read_bytes()
 
+    def digest(self, key: str) -> str:
+        """Hash of an object's content."""
+        return digest_of_file(self.path(key))
+
     def names(self, prefix: str) -> list[str]:
         """Names directly under a prefix, sorted; none where there is no such prefix."""
         try:
@@ -63,13 +79,13 @@ class LocalObjects:
 
     def create(self, key: str, data: Bytes) -> None:
         """Write a new object; raises `FileExistsError` rather than touch an old one."""
-        target = self._ready(key)
+        target = self.ready(key)
         self._write(target, data)
-        self._unsynced.add(target.parent)
+        self._remember(target.parent)
 
     def create_atomically(self, key: str, data: Bytes) -> None:
-        """As `create`, and the object is never seen half written."""
-        target = self._ready(key)
+        """As `create`, and the object is never seen half written; its name has reached the disk on return."""
+        target = self.ready(key)
         temporary = self._temporary(data)
         try:
             os.link(temporary, target)
@@ -81,14 +97,14 @@ class LocalObjects:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        self._unsynced.add(target.parent)
+        self._remember(target.parent)
         self.sync_names()
 
     def replace(self, key: str, data: Bytes) -> None:
         """Exchange an object atomically: a reader sees the old bytes or the new ones."""
-        target = self._ready(key)
+        target = self.ready(key)
         os.replace(self._temporary(data), target)
-        self._unsynced.add(target.parent)
+        self._remember(target.parent)
 
     def delete(self, key: str) -> None:
         """Delete an object if it exists."""
@@ -102,13 +118,28 @@ class LocalObjects:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
 
-    def sync_names(self) -> None:
-        """Bring the names of files created or replaced so far to the disk."""
-        folders, self._unsynced = self._unsynced, set()
+    def clear_temporary(self) -> None:
+        """Delete what an earlier owner of the same name left half written."""
+        self.delete_tree(self._temporary_folder)
+
+    def ready(self, key: str) -> Path:
+        """The file for an object to be written, with its folders made; their names are synced with the others."""
+        target = self.path(key)
+        folder = target.parent
+        while not folder.is_dir():
+            self._remember(folder.parent)
+            folder = folder.parent
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def sync_names(self, *also: str) -> None:
+        """Bring the names of files created or replaced so far, and those under the prefixes `also`, to the disk."""
+        with self._unsynced_lock:
+            folders, self._unsynced = self._unsynced | {self.root / prefix for prefix in also}, set()
         if not self.fsync:
             return
         for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
-            if not folder.exists():  # what was created there has been cleared since
+            if not os.access(folder, os.R_OK):  # cleared since, or above the root and not ours to open
                 continue
             descriptor = os.open(folder, os.O_RDONLY)
             try:
@@ -116,17 +147,12 @@ class LocalObjects:
             finally:
                 os.close(descriptor)
 
-    def _ready(self, key: str) -> Path:
-        target = self.path(key)
-        folder = target.parent
-        while not folder.is_dir():
-            self._unsynced.add(folder.parent)
-            folder = folder.parent
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target
+    def _remember(self, folder: Path) -> None:
+        with self._unsynced_lock:
+            self._unsynced.add(folder)
 
     def _temporary(self, data: Bytes) -> Path:
-        path = self._ready(f"{TEMPORARY}/{uuid.uuid4().hex}")
+        path = self.ready(f"{self._temporary_folder}/{uuid.uuid4().hex}")
         self._write(path, data)
         return path
 
@@ -138,5 +164,8 @@ class LocalObjects:
                 view = view[os.write(descriptor, view) :]
             if self.fsync:
                 os.fsync(descriptor)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         finally:
             os.close(descriptor)

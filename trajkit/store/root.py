@@ -1,32 +1,32 @@
-"""The group's own ``zarr.json``: what the run is, and the metadata of every node in one place.
+"""The group's own ``zarr.json``: what the run is, and the metadata of its arrays in one place.
 
 xarray warns about a store without consolidated metadata, and with it a reader that opens the group sees all arrays grow
-at the same instant. It is derived from the nodes' own metadata each time one of them changes, under a lock that is held
-for that moment only, since a fit may be saved while a training records.
+at the same instant. Only the writer of epochs writes it, so it lists the arrays that grow and not the fits and
+evaluations, which are saved beside a recording and opened by their own path.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-from ..errors import DamagedRunError, RunNotFoundError, UnsupportedFormatError
+from ..errors import DamagedRunError, InputError, RunNotFoundError, UnsupportedFormatError
 from ..layout import ParameterLayout
-from .format import ATTRIBUTE, FORMAT, LOCKS, METADATA, METADATA_LIMIT, group_document
-from .lock import brief_lock
+from .format import ATTRIBUTE, BUFFERS, FORMAT, METADATA, METADATA_LIMIT, group_document
 from .objects import LocalObjects
 
 
-def create_root(objects: LocalObjects, layout: ParameterLayout) -> None:
-    """Write the group of a new run."""
-    _write(objects, {ATTRIBUTE: {"format": FORMAT, "layout": layout.to_json()}})
+def root_document(layout: ParameterLayout) -> dict[str, Any]:
+    """The group of a new run, before it has arrays."""
+    return group_document({ATTRIBUTE: {"format": FORMAT, "layout": layout.to_json()}})
 
 
-def refresh_root(objects: LocalObjects) -> None:
-    """Bring the consolidated metadata up to date with the nodes."""
-    with brief_lock(objects.path(f"{LOCKS}/root")):
-        _write(objects, read_document(objects, METADATA)["attributes"])
+def with_arrays(root: dict[str, Any], documents: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The group with the consolidated metadata of these arrays."""
+    nodes = dict(documents)
+    if any(path.startswith(BUFFERS) for path in documents):
+        nodes[BUFFERS] = group_document()
+    return {**root, "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes}}
 
 
 def layout_of_root(objects: LocalObjects) -> ParameterLayout:
@@ -58,19 +58,15 @@ def read_document(objects: LocalObjects, key: str) -> dict[str, Any]:
 
 def write_document(objects: LocalObjects, path: str, document: dict[str, Any]) -> None:
     """Write the ``zarr.json`` of the node at `path`, over an older one if there is one."""
-    objects.replace(f"{path}/{METADATA}" if path else METADATA, json.dumps(document, indent=2).encode())
+    objects.replace(f"{path}/{METADATA}" if path else METADATA, encoded(document, path))
 
 
-def _write(objects: LocalObjects, attributes: dict[str, Any]) -> None:
-    nodes = {"kind": "inline", "must_understand": False, "metadata": dict(_nodes(objects, ""))}
-    write_document(objects, "", {**group_document(attributes), "consolidated_metadata": nodes})
-
-
-def _nodes(objects: LocalObjects, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name in objects.names(path):
-        below = f"{path}/{name}" if path else name
-        if objects.exists(f"{below}/{METADATA}"):
-            document = read_document(objects, f"{below}/{METADATA}")
-            yield below, document
-            if document["node_type"] == "group":
-                yield from _nodes(objects, below)
+def encoded(document: dict[str, Any], path: str) -> bytes:
+    """A ``zarr.json`` as stored; raises `InputError` where it would be too long to be read again."""
+    data = json.dumps(document, indent=2, allow_nan=False).encode()
+    if len(data) > METADATA_LIMIT:
+        raise InputError(
+            f"the metadata of {path or 'the run'} has {len(data)} bytes, at most {METADATA_LIMIT} are read again;"
+            " record fewer tensors or evaluate fewer metrics"
+        )
+    return data

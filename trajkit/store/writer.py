@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -12,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import PathExistsError
-from ..layout import ParameterLayout
+from ..errors import InputError, PathExistsError
+from ..layout import ParameterLayout, require_same_layout
+from .archive import checked_documents, read_all_records
 from .arrays import encode, with_rows
-from .commit import CommitRecord, StoredObject, read_records, record_hash
+from .commit import CommitRecord, StoredObject, record_hash
 from .format import (
     BUFFERS,
     COMMITS,
@@ -24,36 +27,37 @@ from .format import (
     METADATA,
     PROBE,
     PROBE_INDEX,
-    TEMPORARY,
     WEIGHTS,
-    array_document,
+    all_arrays,
     buffer_path,
     chunk_rule,
     commit_key,
     group_document,
-    row_arrays,
     saves_enough,
 )
 from .lock import WriterLock
 from .objects import LocalObjects
-from .root import create_root, layout_of_root, read_document, refresh_root, write_document
+from .root import layout_of_root, read_document, root_document, with_arrays, write_document
 
 
 class ArchiveWriter:
-    """The one writer of an archive, from construction until `close`.
+    """The one writer of an archive, from construction until `close`; threads may share it.
 
     Opening makes an existing archive whole: epochs that were committed become visible, what was not is cleared.
     Raises `RunLockedError` while another writer holds the archive, and `PathExistsError` where the directory holds
-    something else.
+    something else. `records` are those of the committed epochs, `layout` is None before the first.
     """
 
     def __init__(self, objects: LocalObjects) -> None:
         self._objects = objects
         self._writer = uuid.uuid4().hex
         self._require_ours()
-        self._lock = WriterLock(objects.path(f"{LOCKS}/writer"), f"{objects.root}: the run")
+        self._lock = WriterLock(objects.ready(f"{LOCKS}/writer"), f"{objects.root}: the run")
+        self._one_at_a_time = threading.Lock()
         self.records: tuple[CommitRecord, ...] = ()
-        self._arrays: dict[str, dict[str, Any]] = {}
+        self.layout: ParameterLayout | None = None
+        self._root: dict[str, Any] = {}
+        self._documents: dict[str, dict[str, Any]] = {}
         self._whole = False
         try:
             self._make_whole()
@@ -61,14 +65,26 @@ class ArchiveWriter:
             self._lock.release()
             raise
 
+    @property
+    def root(self) -> Path:
+        """The directory of the archive, absolute."""
+        return self._objects.root
+
     def close(self) -> None:
         """Let the next writer in."""
         self._lock.release()
 
-    @property
-    def layout(self) -> ParameterLayout | None:
-        """The layout of the archive, None until the first epoch is committed."""
-        return layout_of_root(self._objects) if self.records else None
+    def require_next(self, epoch: int) -> None:
+        """Raise `InputError` unless the epoch is later than the last one and a 64-bit integer."""
+        recorded = [record.epoch for record in self.records]
+        if recorded and epoch <= recorded[-1]:
+            state = "is recorded already" if epoch in recorded else f"comes before the last one, {recorded[-1]}"
+            raise InputError(
+                f"{self._objects.root}: epoch {epoch} {state}; go on after epoch {recorded[-1]}"
+                " or record into a new run"
+            )
+        if not -(2**63) <= epoch < 2**63:
+            raise InputError(f"{self._objects.root}: epoch {epoch} is no 64-bit integer; number the epochs from 0")
 
     def append(
         self,
@@ -81,23 +97,49 @@ class ArchiveWriter:
     ) -> CommitRecord:
         """Commit one epoch: `weights` (N,), `buffers` stored dtype -> (size,), `probe_index` (P,).
 
-        The epoch is recorded when this returns. If it raises, the archive is as it was, or as after a crash: the next
-        append, or the next writer, makes it whole.
+        The epoch is recorded when this returns. If it raises, the epoch is recorded or not, and never in part: the
+        next append, or the next writer, makes the archive whole.
         """
-        if not self._whole:
-            self._make_whole()
-        self._whole = False
+        with self._one_at_a_time:
+            self._require_held()
+            if not self._whole:
+                self._make_whole()
+            self.require_next(epoch)
+            _require_vectors(layout, weights, buffers, f"{self._objects.root}: epoch {epoch}")
+            if self.layout is not None:
+                require_same_layout(layout, self.layout, f"{self._objects.root}: epoch {epoch}")
+            self._whole = False
+            record = self._write(layout, epoch, weights, buffers, probe_index, metrics)
+            self._require_held()
+            self._objects.create_atomically(commit_key(record.row), record.to_bytes())
+            self.records, self.layout = (*self.records, record), layout
+            # The epoch is recorded. Where its shapes cannot grow now (a full disk), the next append makes up for it.
+            with contextlib.suppress(OSError):
+                self._grow()
+                self._whole = True
+            return record
+
+    def _write(
+        self,
+        layout: ParameterLayout,
+        epoch: int,
+        weights: NDArray[np.float32],
+        buffers: Mapping[str, NDArray[Any]],
+        probe_index: NDArray[np.int64],
+        metrics: Mapping[str, float],
+    ) -> CommitRecord:
+        """All that comes before the commit point: the objects, unseen, and the record that will name them."""
         began = time.perf_counter()
         row = len(self.records)
         written: dict[str, StoredObject] = {}
         if row == 0:
-            self._arrays = self._create_arrays(layout, weights, probe_index, written)
+            self._create_arrays(layout, weights, probe_index, written)
         self._write_row(row, epoch, weights, buffers, weights[probe_index], written)
         if row == 0:
             self._objects.sync_names()
-            create_root(self._objects, layout)
+            write_document(self._objects, "", with_arrays(self._root, self._documents))
         self._objects.sync_names()
-        record = CommitRecord(
+        return CommitRecord(
             row=row,
             epoch=epoch,
             metrics=dict(metrics),
@@ -108,11 +150,6 @@ class ArchiveWriter:
             previous=record_hash(self.records[-1]) if row else None,
             objects=written,
         )
-        self._objects.create_atomically(commit_key(row), record.to_bytes())
-        self.records = (*self.records, record)
-        self._grow()
-        self._whole = True
-        return record
 
     def _create_arrays(
         self,
@@ -120,16 +157,14 @@ class ArchiveWriter:
         weights: NDArray[np.float32],
         probe_index: NDArray[np.int64],
         written: dict[str, StoredObject],
-    ) -> dict[str, dict[str, Any]]:
-        arrays = row_arrays(layout, probe_index.size, zstd=saves_enough(weights))
+    ) -> None:
+        self._root = root_document(layout)
+        self._documents = all_arrays(layout, probe_index.size, zstd=saves_enough(weights))
         if layout.buffer_sizes:
             write_document(self._objects, BUFFERS, group_document())
-        for path, document in arrays.items():
+        for path, document in self._documents.items():
             write_document(self._objects, path, document)
-        document = array_document("int64", probe_index.shape, probe_index.shape, ("probe_weight",))
-        write_document(self._objects, PROBE_INDEX, document)
-        self._put_objects(PROBE_INDEX, document, (slice(None),), probe_index, written)
-        return arrays
+        self._put_objects(PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index, written)
 
     def _write_row(
         self,
@@ -141,7 +176,7 @@ class ArchiveWriter:
         written: dict[str, StoredObject],
     ) -> None:
         here = slice(row, row + 1)
-        grown = {path: with_rows(document, row + 1) for path, document in self._arrays.items()}
+        grown = {path: with_rows(document, row + 1) for path, document in self._documents.items()}
         for columns in chunk_rule(weights.size).objects():
             self._put_objects(WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns], written)
         self._put_objects(PROBE, grown[PROBE], (here, slice(None)), probe[None], written)
@@ -164,29 +199,32 @@ class ArchiveWriter:
 
     def _grow(self) -> None:
         """Make the shapes say what is committed."""
-        for path, document in self._arrays.items():
-            if document["shape"][0] < len(self.records):
-                self._arrays[path] = with_rows(document, len(self.records))
-                write_document(self._objects, path, self._arrays[path])
-        refresh_root(self._objects)
+        for path, document in self._documents.items():
+            if path != PROBE_INDEX and document["shape"][0] < len(self.records):
+                self._documents[path] = with_rows(document, len(self.records))
+                write_document(self._objects, path, self._documents[path])
+        root = with_arrays(self._root, self._documents)
+        if root != self._root:
+            write_document(self._objects, "", root)
+            self._root = root
         self._objects.sync_names()
 
     def _make_whole(self) -> None:
-        self.records = read_records(self._objects)
-        self._objects.delete_tree(TEMPORARY)
+        self.records = read_all_records(self._objects)
+        self._objects.clear_temporary()
         if not self.records:
             self._clear_unborn()
-            self._arrays = {}
         else:
-            layout = layout_of_root(self._objects)
-            paths = row_arrays(layout, n_probe=1, zstd=False)
-            self._arrays = {path: read_document(self._objects, f"{path}/{METADATA}") for path in paths}
-            for path in paths:
+            self._root, self.layout = read_document(self._objects, METADATA), layout_of_root(self._objects)
+            self._documents = checked_documents(self._objects, self.layout)
+            for path in self._documents.keys() - {PROBE_INDEX}:
                 for row in self._objects.names(f"{path}/c"):
-                    if int(row) >= len(self.records):
+                    if row.isdigit() and int(row) >= len(self.records):
                         self._objects.delete_tree(f"{path}/c/{row}")
                         self._objects.delete(f"{path}/c/{row}")
             self._grow()
+        # After a crash nobody knows which names had reached the disk.
+        self._objects.sync_names("..", "", EPOCH, COMMITS)
         self._whole = True
 
     def _clear_unborn(self) -> None:
@@ -195,6 +233,13 @@ class ArchiveWriter:
         for path in (WEIGHTS, PROBE, PROBE_INDEX, BUFFERS, f"{EPOCH}/c"):
             self._objects.delete_tree(path)
         self._objects.delete(f"{EPOCH}/{METADATA}")
+
+    def _require_held(self) -> None:
+        if not self._lock.held:
+            raise InputError(
+                f"{self._objects.root}: the writer is closed, or belongs to the process that this one was forked from;"
+                " record with a new one"
+            )
 
     def _require_ours(self) -> None:
         """Refuse a directory that holds something else; nothing is ever written into it."""
@@ -206,8 +251,24 @@ class ArchiveWriter:
             )
 
 
+def _require_vectors(
+    layout: ParameterLayout, weights: NDArray[np.float32], buffers: Mapping[str, NDArray[Any]], where: str
+) -> None:
+    """Raise `InputError` unless the vectors are exactly those that the layout places."""
+    expected = {"weights": ("float32", (layout.n_weights,))}
+    expected |= {dtype: (dtype, (size,)) for dtype, size in layout.buffer_sizes.items()}
+    found = {name: (str(vector.dtype), vector.shape) for name, vector in {"weights": weights, **buffers}.items()}
+    for name in expected.keys() | found.keys():
+        if found.get(name) != expected.get(name):
+            what = "weights" if name == "weights" else f"buffers['{name}']"
+            raise InputError(
+                f"{where}: {what} is {found.get(name, 'missing')}, the layout asks for {expected.get(name, 'none')};"
+                " pass the vectors that the layout places"
+            )
+
+
 def open_writer(root: Path, fsync: bool = True) -> ArchiveWriter:
     """The writer of the archive in directory `root`, which is made if it does not exist."""
     if root.exists() and not root.is_dir():
         raise PathExistsError(f"{root}: expected a folder, found a file; choose another path for the run")
-    return ArchiveWriter(LocalObjects(root, fsync=fsync))
+    return ArchiveWriter(LocalObjects(root, fsync=fsync, owner="writer"))

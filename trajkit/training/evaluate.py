@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -28,27 +29,34 @@ def evaluate(
     epochs: labels, all recorded ones by default.
     progress: called with the number of calls done and to do.
 
-    The evaluation is saved in the run, beside earlier ones. Raises `UnknownNameError` for an epoch or fit that does
+    The evaluation is saved in the run, beside earlier ones; where that cannot be written, a warning says so.
+    Raises `UnknownNameError` for an epoch or fit that does
     not exist, `InputError` where the function returns something else; what the function raises passes through.
     """
     run = run if isinstance(run, Run) else open_run(run)
     decomposition = None if fit is None else run.fit(fit)
     labels = run.epochs[run.rows_of(epochs)].tolist()
+    if not labels:
+        raise InputError(f"{run.path}: no epochs to evaluate, expected at least one; name some")
     total = len(labels) * (1 if decomposition is None else 2)
     table: list[EvaluatedEpoch] = []
     done = 0
 
-    def scored(state_dict: StateDict) -> dict[str, float]:
+    def scored(state_dict: StateDict, which: str) -> dict[str, float]:
         nonlocal done
-        score = _named(function(state_dict))
+        try:
+            score = _named(function(state_dict))
+        except Exception as error:
+            error.add_note(f"while evaluating the {which} weights of epoch {epoch}")
+            raise
         done += 1
         if progress is not None:
             progress(done, total)
         return score
 
     for epoch in labels:
-        recorded = scored(run.state_dict(epoch))
-        modelled = None if decomposition is None else scored(decomposition.state_dict(epoch))
+        recorded = scored(run.state_dict(epoch), "recorded")
+        modelled = None if decomposition is None else scored(decomposition.state_dict(epoch), "modelled")
         table.append(EvaluatedEpoch(epoch, recorded, modelled))
     evaluation = Evaluation(
         function=f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', repr(function))}",
@@ -56,7 +64,10 @@ def evaluate(
         evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"),
         epochs=tuple(table),
     )
-    save_evaluation(run.archive.objects, evaluation)
+    try:
+        save_evaluation(run.archive.objects, evaluation)
+    except OSError as error:
+        warnings.warn(f"the evaluation is not kept in the run: {error}", RuntimeWarning, stacklevel=2)
     return evaluation
 
 
