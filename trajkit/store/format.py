@@ -1,7 +1,7 @@
 """The specification of the archive, format 1.
 
 A **run** is the record of one training: a Zarr v3 group that `zarr.open_group` and `xarray.open_zarr` open as it is.
-E epochs, N weights, P probe weights, k tensors. A *row* is the position of an epoch, 0 … E-1.
+E epochs, N weights, P probe weights. A *row* is the position of an epoch, 0 … E-1.
 
 ====================  =========  ==================  ==============================================================
 node                  dtype      dimensions          content
