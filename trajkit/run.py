@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from .decomposition import Decomposition
 from .errors import InputError, UnknownNameError
 from .kernels.sampling import balanced_counts, draw
-from .layout import ParameterLayout, TensorEntry, require_same_layout
+from .layout import ParameterLayout, TensorEntry
 from .store.archive import Archive
 from .store.evaluations import Evaluation, read_evaluations
 from .store.fits import fit_names, open_fit
 from .store.format import PROBE, PROBE_SIZE, WEIGHTS, buffer_path
-from .store.writer import open_writer
+from .store.writer import EpochValues, open_writer
 from .tensors import to_tensors
 from .trajectories import Trajectories
 
@@ -227,13 +227,10 @@ class RunWriter:
         `InputError` for an epoch that is not later than the last one, or for NaN or infinite weights.
         """
         label = self.require_next(epoch)
-        known = self.layout
-        if known is not None:
-            require_same_layout(layout, known, f"{self.path}: epoch {label}")
         if self._nonfinite == "raise":
             _require_finite(layout, weights, f"{self.path}: epoch {label}")
-        probe_index = _draw_probe(layout) if known is None else self._probe_index
-        self._writer.append(layout, label, weights, buffers, probe_index, _plain(metrics or {}))
+        probe_index = _draw_probe(layout) if self.layout is None else self._probe_index
+        self._writer.append(layout, EpochValues(label, weights, buffers, _plain(metrics or {})), probe_index)
 
     def require_next(self, epoch: int) -> int:
         """`epoch` as an integer, if it can be recorded next; raises `InputError`."""

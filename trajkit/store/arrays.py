@@ -48,8 +48,8 @@ class VerifiedReader:
     """Reads arrays whose every object was committed with a length and a hash.
 
     An object is hashed when it is first touched, and remembered as sound; a read that meets one that is missing,
-    truncated, flipped or swapped raises `DamagedRunError` from `where(key)`, before a value of it is returned. Zarr
-    alone would read fill values for a missing object without a word. Threads may share a reader.
+    truncated, flipped or swapped raises `DamagedObjectError` before a value of it is returned. Zarr alone would read
+    fill values for a missing object without a word. Threads may share a reader.
     """
 
     def __init__(self, objects: LocalObjects, committed: Mapping[str, StoredObject]) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ from .format import (
 from .lock import WriterLock
 from .objects import LocalObjects
 from .root import layout_of_root, read_document, root_document, with_arrays, write_document
+
+
+@dataclass(frozen=True)
+class EpochValues:
+    """What is recorded of one epoch: `weights` (N,) float32, `buffers` stored dtype -> (size,), and its metrics."""
+
+    epoch: int
+    weights: NDArray[np.float32]
+    buffers: Mapping[str, NDArray[Any]]
+    metrics: Mapping[str, float]
 
 
 class ArchiveWriter:
@@ -86,16 +97,8 @@ class ArchiveWriter:
         if not -(2**63) <= epoch < 2**63:
             raise InputError(f"{self._objects.root}: epoch {epoch} is no 64-bit integer; number the epochs from 0")
 
-    def append(
-        self,
-        layout: ParameterLayout,
-        epoch: int,
-        weights: NDArray[np.float32],
-        buffers: Mapping[str, NDArray[Any]],
-        probe_index: NDArray[np.int64],
-        metrics: Mapping[str, float],
-    ) -> CommitRecord:
-        """Commit one epoch: `weights` (N,), `buffers` stored dtype -> (size,), `probe_index` (P,).
+    def append(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> CommitRecord:
+        """Commit one epoch; `probe_index` (P,) are the weights of the probe, the same for every epoch.
 
         The epoch is recorded when this returns. If it raises, the epoch is recorded or not, and never in part: the
         next append, or the next writer, makes the archive whole.
@@ -104,12 +107,13 @@ class ArchiveWriter:
             self._require_held()
             if not self._whole:
                 self._make_whole()
-            self.require_next(epoch)
-            _require_vectors(layout, weights, buffers, f"{self._objects.root}: epoch {epoch}")
+            self.require_next(values.epoch)
+            where = f"{self._objects.root}: epoch {values.epoch}"
             if self.layout is not None:
-                require_same_layout(layout, self.layout, f"{self._objects.root}: epoch {epoch}")
+                require_same_layout(layout, self.layout, where)
+            _require_vectors(layout, values, where)
             self._whole = False
-            record = self._write(layout, epoch, weights, buffers, probe_index, metrics)
+            record = self._write(layout, values, probe_index)
             self._require_held()
             self._objects.create_atomically(commit_key(record.row), record.to_bytes())
             self.records, self.layout = (*self.records, record), layout
@@ -119,30 +123,22 @@ class ArchiveWriter:
                 self._whole = True
             return record
 
-    def _write(
-        self,
-        layout: ParameterLayout,
-        epoch: int,
-        weights: NDArray[np.float32],
-        buffers: Mapping[str, NDArray[Any]],
-        probe_index: NDArray[np.int64],
-        metrics: Mapping[str, float],
-    ) -> CommitRecord:
+    def _write(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> CommitRecord:
         """All that comes before the commit point: the objects, unseen, and the record that will name them."""
         began = time.perf_counter()
         row = len(self.records)
         written: dict[str, StoredObject] = {}
         if row == 0:
-            self._create_arrays(layout, weights, probe_index, written)
-        self._write_row(row, epoch, weights, buffers, weights[probe_index], written)
+            self._create_arrays(layout, values.weights, probe_index, written)
+        self._write_row(row, values, probe_index, written)
         if row == 0:
             self._objects.sync_names()
             write_document(self._objects, "", with_arrays(self._root, self._documents))
         self._objects.sync_names()
         return CommitRecord(
             row=row,
-            epoch=epoch,
-            metrics=dict(metrics),
+            epoch=values.epoch,
+            metrics=dict(values.metrics),
             recorded_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             seconds=round(time.perf_counter() - began, 6),
             layout=layout.digest,
@@ -167,23 +163,18 @@ class ArchiveWriter:
         self._put_objects(PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index, written)
 
     def _write_row(
-        self,
-        row: int,
-        epoch: int,
-        weights: NDArray[np.float32],
-        buffers: Mapping[str, NDArray[Any]],
-        probe: NDArray[np.float32],
-        written: dict[str, StoredObject],
+        self, row: int, values: EpochValues, probe_index: NDArray[np.int64], written: dict[str, StoredObject]
     ) -> None:
+        weights = values.weights
         here = slice(row, row + 1)
         grown = {path: with_rows(document, row + 1) for path, document in self._documents.items()}
         for columns in chunk_rule(weights.size).objects():
             self._put_objects(WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns], written)
-        self._put_objects(PROBE, grown[PROBE], (here, slice(None)), probe[None], written)
-        for dtype, values in buffers.items():
+        self._put_objects(PROBE, grown[PROBE], (here, slice(None)), weights[None, probe_index], written)
+        for dtype, vector in values.buffers.items():
             path = buffer_path(dtype)
-            self._put_objects(path, grown[path], (here, slice(None)), values[None], written)
-        self._put_objects(EPOCH, grown[EPOCH], (here,), np.array([epoch]), written)
+            self._put_objects(path, grown[path], (here, slice(None)), vector[None], written)
+        self._put_objects(EPOCH, grown[EPOCH], (here,), np.array([values.epoch]), written)
 
     def _put_objects(
         self,
@@ -251,13 +242,12 @@ class ArchiveWriter:
             )
 
 
-def _require_vectors(
-    layout: ParameterLayout, weights: NDArray[np.float32], buffers: Mapping[str, NDArray[Any]], where: str
-) -> None:
+def _require_vectors(layout: ParameterLayout, values: EpochValues, where: str) -> None:
     """Raise `InputError` unless the vectors are exactly those that the layout places."""
     expected = {"weights": ("float32", (layout.n_weights,))}
     expected |= {dtype: (dtype, (size,)) for dtype, size in layout.buffer_sizes.items()}
-    found = {name: (str(vector.dtype), vector.shape) for name, vector in {"weights": weights, **buffers}.items()}
+    given = {"weights": values.weights, **values.buffers}
+    found = {name: (str(vector.dtype), vector.shape) for name, vector in given.items()}
     for name in expected.keys() | found.keys():
         if found.get(name) != expected.get(name):
             what = "weights" if name == "weights" else f"buffers['{name}']"
