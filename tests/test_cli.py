@@ -220,12 +220,12 @@ def test_ctrl_c_in_a_fit_leaves_the_run_as_it_was(digits_path: Path) -> None:
     code = """
 import sys, time, trajkit.pipeline
 from trajkit_cli.main import main
-original = trajkit.pipeline.fit_block
+original = trajkit.pipeline.fit_block_fused
 def slow(block, references):
     print("fitting", file=sys.stderr, flush=True)
     time.sleep(2)
     return original(block, references)
-trajkit.pipeline.fit_block = slow
+trajkit.pipeline.fit_block_fused = slow
 main()
 """
     process = subprocess.Popen(

@@ -11,9 +11,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .errors import InputError
-from .kernels.affine import References, fit_block
+from .kernels.affine import References
 from .kernels.clustering import Cut, checked_cut, choose_references, cluster
 from .kernels.correlation import correlation_matrix
+from .kernels.fused import fit_block_fused
 from .kernels.sampling import checked_sample, draw_by_variance
 
 
@@ -71,7 +72,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         chosen = choose_references(magnitude, cluster(magnitude, cut))
         self.reference_indices_ = self.sample_indices_[chosen]
         self.references_ = sampled[:, chosen]
-        fitted = fit_block(values.T, References(self.references_))
+        fitted = fit_block_fused(values.T, References(self.references_))
         self.labels_ = fitted.mode.astype(np.int64)
         self.scale_ = fitted.scale
         self.mean_ = fitted.mean
@@ -88,7 +89,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """(n, 3) mode, scale and offset of trajectories X (n, E) over the fitted epochs."""
         check_is_fitted(self)
         references = References(self.references_)
-        fitted = fit_block(self._trajectories(X, reset=False).T, references)
+        fitted = fit_block_fused(self._trajectories(X, reset=False).T, references)
         offset = fitted.mean - fitted.scale.astype(np.float64) * references.mean[fitted.mode]
         return np.column_stack([fitted.mode, fitted.scale, offset])
 

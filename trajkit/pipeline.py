@@ -22,9 +22,10 @@ from threadpoolctl import threadpool_limits
 
 from .decomposition import Decomposition
 from .errors import InputError, PathExistsError, RunLockedError
-from .kernels.affine import References, fit_block
+from .kernels.affine import References
 from .kernels.clustering import Cut, DistanceCut, checked_cut, choose_references, cluster
 from .kernels.correlation import correlation_matrix
+from .kernels.fused import fit_block_fused
 from .kernels.sampling import (
     SAMPLINGS,
     Sampling,
@@ -141,7 +142,7 @@ def _over_blocks(job: _Job, writer: FitWriter, progress: Progress | None) -> lis
 
 def _fit_one(job: _Job, writer: FitWriter, start: int, stop: int) -> _BlockSummary:
     block = job.run.archive.read(WEIGHTS, job.rows, (start, stop))
-    fitted = fit_block(block, job.references)
+    fitted = fit_block_fused(block, job.references)
     finite = np.isfinite(fitted.variation) & np.isfinite(fitted.scale)
     if not finite.all():
         bad = int(np.argmin(finite))

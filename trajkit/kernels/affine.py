@@ -1,5 +1,7 @@
 """Steps 2 and 3 of CMD in one look at each block: mode by largest |correlation|, then the affine fit to its reference.
 
+`fit_block` works on arrays of any namespace; `trajkit.kernels.fused` has the compiled one for host memory.
+
 Source: Brokman et al. 2024, Eq. 3-6. The least squares of Eq. 6 is, per weight, a = cov(w, r) / var(r) and
 b = mean(w) - a·mean(r); a constant weight gets mode 0, a = 0 and b = its value.
 """
@@ -98,14 +100,26 @@ def _fit_piece(piece: Any, references: References) -> BlockFit:
     variation = _host(xp.sum(moved * moved, axis=0))
     mode = _host(xp.argmax(xp.abs(products), axis=0))
     product = np.take_along_axis(_host(products), mode[None], axis=0)[0]
+    dtype = np.dtype(str(piece.dtype).rpartition(".")[2])
+    return solve(references, mode, product, _host(origin + shift), variation, dtype)
+
+
+def solve(
+    references: References,
+    mode: NDArray[np.integer],
+    product: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    variation: NDArray[np.float64],
+    dtype: np.dtype[Any],
+) -> BlockFit:
+    """From each weight's mode and its product with the mode's unit reference, (n,), to scale and correlation."""
     norm, length = references.norm[mode], np.sqrt(variation)
     scale = np.divide(product, norm, out=np.zeros_like(product), where=norm > 0)
     correlation = np.divide(product, length, out=np.zeros_like(product), where=length > 0)
-    dtype = np.dtype(str(piece.dtype).rpartition(".")[2])
     return BlockFit(
         mode=np.where(product == 0, 0, mode).astype(np.uint16),
         scale=scale.astype(dtype),
-        mean=_host(origin + shift),
+        mean=mean,
         correlation=np.clip(correlation, -1.0, 1.0).astype(dtype),
         variation=variation,
     )
