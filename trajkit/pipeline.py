@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -125,7 +126,8 @@ def _over_blocks(job: _Job, writer: FitWriter, progress: Progress | None) -> lis
     """Fit all column blocks, as many at a time as there are cores, or dask's setting ``num_workers``."""
     n = job.run.layout.n_weights
     blocks = result_rule(n).objects()
-    tasks = [delayed(_fit_one)(job, writer, block.start, block.stop) for block in blocks]
+    fit_one = delayed(partial(_fit_one, job, writer))  # bound, or dask would walk through all that a run holds
+    tasks = [fit_one(block.start, block.stop) for block in blocks]
     done = 0
 
     def report(_key: Any, summary: Any, *_rest: Any) -> None:
