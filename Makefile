@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test check format format-check lint types contracts mnist oracle clean
+.PHONY: install demo test check format format-check lint types contracts mnist oracle bench clean
 
 install: $(INSTALLED)
 
@@ -43,6 +43,9 @@ mnist: $(INSTALLED)  ## record an MLP of 1.33 M weights on MNIST into .cache/mni
 
 oracle: mnist  ## compare a fit of it with a float64 oracle
 	$(BIN)/python benchmarks/oracle.py .cache/mnist
+
+bench: mnist  ## how long a fit takes; writes benchmarks/RESULTS.md
+	cd benchmarks && ../$(BIN)/python fit.py ../.cache/mnist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

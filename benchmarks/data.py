@@ -1,4 +1,4 @@
-"""Real data for the benchmarks, from a folder that the environment variable TRAJKIT_DATA names."""
+"""Real data for the benchmarks: from the folder that TRAJKIT_DATA names, or `shared/data` beside the repository."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-DATA = Path(os.environ.get("TRAJKIT_DATA", "../shared/data"))
+DATA = Path(os.environ.get("TRAJKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def mnist(split: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
