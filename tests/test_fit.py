@@ -308,6 +308,8 @@ def test_balanced_samples_take_small_layers_too(digits_run: Run) -> None:
         ({"samples": 1e3}, "samples is 1000.0, expected an integer"),
         ({"seed": -1}, "seed is -1, expected an integer of at least 0"),
         ({"seed": None}, "seed is None"),
+        ({"epochs": 5}, "epochs is 5, expected several integers"),
+        ({"epochs": "1,2"}, "epochs is '1,2', expected several integers"),
         ({"epochs": [1.7, 2.9]}, "epoch is 1.7, expected an integer"),
         ({"modes": DistanceCut(0)}, "divisor of the distance cut is 0, expected more than 0"),
         ({"samples": 0}, "samples is 0, expected an integer of at least 1"),
@@ -350,6 +352,13 @@ def test_a_not_finite_weight_is_refused_by_name(bad: float, column: int, make_ru
             fit(run, modes=3, **choice)  # type: ignore[arg-type]
     assert run.fits == ()
     assert fit(run, modes=3, epochs=range(6)).n_modes == 3
+
+
+def test_a_scale_that_float32_cannot_hold_is_refused(make_run: MakeRun) -> None:
+    walk = np.random.default_rng(0).normal(size=(10, 1)).cumsum(axis=0)
+    run = make_run(np.concatenate([walk * 1e-30] * 5 + [walk * 1e12], axis=1).astype(np.float32), sizes=(5, 1))
+    with pytest.raises(InputError, match="'layer1' moves so far beyond its reference that float32"):
+        fit(run, modes=1, sample_index=range(5))
 
 
 def test_fits_at_the_same_time_take_the_next_default_name(digits_run: Run) -> None:

@@ -149,6 +149,10 @@ def _fit_one(job: _Job, writer: FitWriter, start: int, stop: int) -> _BlockSumma
     if not finite.all():
         bad = int(np.argmin(finite))
         _require_finite(job.run, np.array([start + bad]), np.isfinite(block[:, bad : bad + 1]))
+        raise InputError(
+            f"{job.run.path}: '{job.run.layout.weight_at(start + bad)}' moves so far beyond its reference that float32"
+            " cannot hold its scale; name other weights with sample_index="
+        )
     results = {"mode": fitted.mode, "scale": fitted.scale, "mean": fitted.mean, "correlation": fitted.correlation}
     stored = writer.write_block(start, results)
     sums = np.stack([np.ones(stop - start), fitted.variation, fitted.explained])

@@ -98,6 +98,8 @@ class Run:
         """(e,) rising positions of the given epochs, of all when None; raises `InputError` for one named twice."""
         if epochs is None:
             return np.arange(len(self.epochs), dtype=np.int64)
+        if isinstance(epochs, str) or not isinstance(epochs, Iterable):
+            raise InputError(f"epochs is {epochs!r}, expected several integers; pass a list or a range")
         rows = np.array(sorted(self.row_of(_label(epoch)) for epoch in epochs), dtype=np.int64)
         if np.any(np.diff(rows) == 0):
             twice = self.epochs[rows[:-1][np.diff(rows) == 0][0]]
