@@ -86,7 +86,7 @@ class Decomposition:
     @cached_property
     def offset(self) -> NDArray[np.float64]:
         """(N,) b, in float64: with float32 a·r + b would cancel where a reference's mean is far above its motion."""
-        return self.mean - self.scale.astype(np.float64) * self._references.mean[self.mode]
+        return self._references.offset(self.mode, self.scale, self.mean)
 
     @cached_property
     def correlation(self) -> NDArray[np.float32]:

@@ -83,14 +83,14 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def offset_(self) -> NDArray[np.float64]:
         """(N,) b = mean - a · mean(r), in float64."""
         check_is_fitted(self)
-        return self.mean_ - self.scale_.astype(np.float64) * References(self.references_).mean[self.labels_]
+        return References(self.references_).offset(self.labels_, self.scale_, self.mean_)
 
     def transform(self, X: ArrayLike) -> NDArray[np.float64]:
         """(n, 3) mode, scale and offset of trajectories X (n, E) over the fitted epochs."""
         check_is_fitted(self)
         references = References(self.references_)
         fitted = fit_block_fused(self._trajectories(X, reset=False).T, references)
-        offset = fitted.mean - fitted.scale.astype(np.float64) * references.mean[fitted.mode]
+        offset = references.offset(fitted.mode, fitted.scale, fitted.mean)
         return np.column_stack([fitted.mode, fitted.scale, offset])
 
     def inverse_transform(self, X: ArrayLike) -> NDArray[np.float64]:

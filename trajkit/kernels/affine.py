@@ -49,6 +49,12 @@ class References:
         origin = self.trajectories[:1].astype(np.float64)
         return np.asarray((self.trajectories - origin).mean(axis=0) + origin[0])
 
+    def offset(
+        self, mode: NDArray[np.integer], scale: NDArray[np.floating], mean: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """(n,) b = mean - a · mean(r) of weights with these modes, scales and means, in float64."""
+        return np.asarray(mean - scale.astype(np.float64) * self.mean[mode])
+
 
 @dataclass(frozen=True)
 class BlockFit:

@@ -122,10 +122,9 @@ def checked_documents(objects: LocalObjects, layout: ParameterLayout) -> dict[st
 
 def read_all_records(objects: LocalObjects) -> tuple[CommitRecord, ...]:
     """All commit records; raises `DamagedRunError` where an array shows more epochs: shapes never run ahead."""
+    # The shapes first: a writer may commit between the two reads.
     shown = {
-        path: _first_length(
-            read_document(objects, f"{path}/{METADATA}")
-        )  # before the records, which may grow meanwhile
+        path: _first_length(read_document(objects, f"{path}/{METADATA}"))
         for path in (EPOCH, WEIGHTS)
         if objects.exists(f"{path}/{METADATA}")
     }

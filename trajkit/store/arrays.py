@@ -44,6 +44,17 @@ def encode(
     return {key: np.ascontiguousarray(buffer.as_numpy_array()).data.cast("B") for key, buffer in stored.items()}
 
 
+def store(
+    objects: LocalObjects, path: str, document: dict[str, Any], region: tuple[slice, ...], values: NDArray[Any]
+) -> dict[str, StoredObject]:
+    """Create the objects of `values` in `region` of the array at `path`; what they are, by key. See `encode`."""
+    stored: dict[str, StoredObject] = {}
+    for key, data in encode(path, document, region, values).items():
+        objects.create(key, data)
+        stored[key] = StoredObject.of(data)
+    return stored
+
+
 class VerifiedReader:
     """Reads arrays whose every object was committed with a length and a hash.
 

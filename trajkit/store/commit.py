@@ -40,15 +40,18 @@ class CommitRecord:
     previous: str | None
     objects: Mapping[str, StoredObject]
 
+    def _canonical(self) -> bytes:
+        objects = {key: [stored.length, stored.hash] for key, stored in self.objects.items()}
+        return canonical_json({**vars(self), "metrics": spell_metrics(self.metrics), "objects": objects})
+
+    @property
+    def hash(self) -> str:
+        """The hash by which the next record names this one."""
+        return digest(self._canonical())
+
     def to_bytes(self) -> bytes:
         """The content of the record's object."""
-        record = canonical_json(
-            {
-                **vars(self),
-                "metrics": spell_metrics(self.metrics),
-                "objects": {key: [stored.length, stored.hash] for key, stored in self.objects.items()},
-            }
-        )
+        record = self._canonical()
         return b'{"%s":"%s","record":%s}' % (ALGORITHM.encode(), digest(record).encode(), record)
 
     @property
@@ -78,11 +81,6 @@ def read_records(objects: LocalObjects) -> tuple[CommitRecord, ...]:
         records.append(record)
         previous = own_hash
     return tuple(records)
-
-
-def record_hash(record: CommitRecord) -> str:
-    """The hash by which the next record names this one."""
-    return str(json.loads(record.to_bytes())[ALGORITHM])
 
 
 def _decode(objects: LocalObjects, row: int) -> tuple[CommitRecord, str]:

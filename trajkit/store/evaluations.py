@@ -67,7 +67,7 @@ def save_evaluation(objects: LocalObjects, evaluation: Evaluation) -> None:
     while True:
         try:
             objects.create_atomically(f"{EVALUATIONS}/{number:04d}/{METADATA}", group)
-            break
+            return
         except FileExistsError:
             number += 1
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from ..digest import ALGORITHM, canonical_json, digest
 from ..errors import DamagedRunError, PathExistsError, UnknownNameError
 from ..layout import ParameterLayout
-from .arrays import DamagedObjectError, VerifiedReader, encode
+from .arrays import DamagedObjectError, VerifiedReader, store
 from .commit import StoredObject
 from .format import FITS, LOCKS, METADATA, array_document, group_document, require_name, result_rule
 from .lock import WriterLock
@@ -112,7 +112,9 @@ class FitWriter:
         stored: Stored = {}
         for array in RESULTS:
             stop = start + results[array].size
-            stored |= self._put(array, self._documents[array], (slice(start, stop),), results[array])
+            stored |= store(
+                self._objects, self._array(array), self._documents[array], (slice(start, stop),), results[array]
+            )
         return stored
 
     def commit(
@@ -132,11 +134,13 @@ class FitWriter:
             "sample_index": sample_index,
         }
         for array, values in small.items():
-            stored = stored | self._put(array, documents[array], (slice(None),) * values.ndim, values)
+            stored = stored | store(
+                self._objects, self._array(array), documents[array], (slice(None),) * values.ndim, values
+            )
         table = canonical_json({key: [item.length, item.hash] for key, item in stored.items()})
         self._objects.create(_objects_key(self.name), table)
         for array, document in documents.items():
-            write_document(self._objects, f"{FITS}/{self.name}/{array}", document)
+            write_document(self._objects, self._array(array), document)
         if not self._objects.exists(f"{FITS}/{METADATA}"):
             write_document(self._objects, FITS, group_document())
         self._objects.sync_names()
@@ -146,12 +150,8 @@ class FitWriter:
         self._objects.create_atomically(key, encoded(group, key))
         self._committed = True
 
-    def _put(self, array: str, document: dict[str, Any], region: tuple[slice, ...], values: NDArray[Any]) -> Stored:
-        stored: Stored = {}
-        for key, data in encode(f"{FITS}/{self.name}/{array}", document, region, values).items():
-            self._objects.create(key, data)
-            stored[key] = StoredObject.of(data)
-        return stored
+    def _array(self, array: str) -> str:
+        return f"{FITS}/{self.name}/{array}"
 
     def _clear(self) -> None:
         self._objects.delete_tree(f"{FITS}/{self.name}")

@@ -51,6 +51,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from ..errors import InputError
@@ -207,8 +208,6 @@ def read_metrics(spelled: Mapping[str, Any]) -> dict[str, float]:
 
 def saves_enough(first_epoch: NDArray[np.float32]) -> bool:
     """Whether zstd level 1 saves at least 15 % on a first epoch (N,), judged on up to 8 pieces spread over it."""
-    from numcodecs.zstd import Zstd
-
     starts = np.linspace(0, max(first_epoch.size - CHUNK_VALUES, 0), 8).astype(np.int64)
     pieces = [first_epoch[start : start + CHUNK_VALUES] for start in np.unique(starts)]
     codec = Zstd(level=1)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ..errors import InputError, PathExistsError
 from ..layout import ParameterLayout, require_same_layout
 from .archive import checked_documents, read_all_records
-from .arrays import encode, with_rows
-from .commit import CommitRecord, StoredObject, record_hash
+from .arrays import store, with_rows
+from .commit import CommitRecord, StoredObject
 from .format import (
     BUFFERS,
     COMMITS,
@@ -143,7 +143,7 @@ class ArchiveWriter:
             seconds=round(time.perf_counter() - began, 6),
             layout=layout.digest,
             writer=self._writer,
-            previous=record_hash(self.records[-1]) if row else None,
+            previous=self.records[-1].hash if row else None,
             objects=written,
         )
 
@@ -160,7 +160,7 @@ class ArchiveWriter:
             write_document(self._objects, BUFFERS, group_document())
         for path, document in self._documents.items():
             write_document(self._objects, path, document)
-        self._put_objects(PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index, written)
+        written |= store(self._objects, PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index)
 
     def _write_row(
         self, row: int, values: EpochValues, probe_index: NDArray[np.int64], written: dict[str, StoredObject]
@@ -169,24 +169,12 @@ class ArchiveWriter:
         here = slice(row, row + 1)
         grown = {path: with_rows(document, row + 1) for path, document in self._documents.items()}
         for columns in chunk_rule(weights.size).objects():
-            self._put_objects(WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns], written)
-        self._put_objects(PROBE, grown[PROBE], (here, slice(None)), weights[None, probe_index], written)
+            written |= store(self._objects, WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns])
+        written |= store(self._objects, PROBE, grown[PROBE], (here, slice(None)), weights[None, probe_index])
         for dtype, vector in values.buffers.items():
             path = buffer_path(dtype)
-            self._put_objects(path, grown[path], (here, slice(None)), vector[None], written)
-        self._put_objects(EPOCH, grown[EPOCH], (here,), np.array([values.epoch]), written)
-
-    def _put_objects(
-        self,
-        path: str,
-        document: dict[str, Any],
-        region: tuple[slice, ...],
-        values: NDArray[Any],
-        written: dict[str, StoredObject],
-    ) -> None:
-        for key, data in encode(path, document, region, values).items():
-            self._objects.create(key, data)
-            written[key] = StoredObject.of(data)
+            written |= store(self._objects, path, grown[path], (here, slice(None)), vector[None])
+        written |= store(self._objects, EPOCH, grown[EPOCH], (here,), np.array([values.epoch]))
 
     def _grow(self) -> None:
         """Make the shapes say what is committed."""

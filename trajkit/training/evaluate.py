@@ -30,8 +30,8 @@ def evaluate(
     progress: called with the number of calls done and to do.
 
     The evaluation is saved in the run, beside earlier ones; where that cannot be written, a warning says so.
-    Raises `UnknownNameError` for an epoch or fit that does
-    not exist, `InputError` where the function returns something else; what the function raises passes through.
+    Raises `UnknownNameError` for an epoch or fit that does not exist, `InputError` where the function returns
+    something else; what the function raises passes through.
     """
     run = run if isinstance(run, Run) else open_run(run)
     decomposition = None if fit is None else run.fit(fit)
