@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
 
-from trajkit.kernels.affine import PIECE, References, fit_block
-from trajkit.kernels.clustering import DistanceCut, choose_references, cluster, row_distances
-from trajkit.kernels.correlation import correlation_matrix
+from trajkit.kernels.affine import PIECE, References, fit_block, joined
+from trajkit.kernels.clustering import (
+    BLOCK_ROWS,
+    DistanceCut,
+    choose_references,
+    cluster,
+    clustering_bytes,
+    row_distances,
+)
+from trajkit.kernels.correlation import correlation_magnitude, correlation_matrix
 from trajkit.kernels.sampling import balanced_counts, candidates_suffice, draw, draw_by_variance, uniform_counts
 
 Array = np.ndarray[Any, Any]
@@ -165,13 +173,13 @@ def test_inputs_stay_as_they_were() -> None:
 def test_the_answer_does_not_depend_on_the_block() -> None:
     block = correlated(25, 3 * PIECE + 100)
     references = References(block[:, :6])
-    whole = fit_block(block, references)
+    whole = fit_block(block, references, every=True)
     parts = [
-        fit_block(block[:, start : start + width], references)
+        fit_block(block[:, start : start + width], references, every=True)
         for start, width in [(0, PIECE), (PIECE, 2 * PIECE), (3 * PIECE, 100)]
     ]
-    for name in vars(whole):
-        np.testing.assert_array_equal(np.concatenate([vars(part)[name] for part in parts]), vars(whole)[name])
+    for name, values in vars(joined(parts)).items():
+        np.testing.assert_array_equal(values, vars(whole)[name])
 
 
 def test_the_order_of_epochs_does_not_matter() -> None:
@@ -203,9 +211,25 @@ def test_correlation_of_constants_is_zero_even_with_themselves() -> None:
     np.testing.assert_allclose(matrix[np.ix_(keep, keep)], expected, atol=1e-12)
 
 
-def test_gram_distances_are_pdists() -> None:
-    matrix = np.abs(correlation_matrix(correlated(30, 300)))
+def test_magnitude_is_the_absolute_correlation() -> None:
+    trajectories = read_only(correlated(15, 200))
+    np.testing.assert_array_equal(correlation_magnitude(trajectories), np.abs(correlation_matrix(trajectories)))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 300, BLOCK_ROWS, BLOCK_ROWS + 1, BLOCK_ROWS + 2, 3 * BLOCK_ROWS + 17])
+@pytest.mark.parametrize("backend", [read_only, fortran_ordered])
+def test_gram_distances_are_pdists(k: int, backend: Callable[[Array], Array]) -> None:
+    matrix = backend(correlation_magnitude(correlated(30, k)))
     np.testing.assert_allclose(row_distances(matrix), pdist(matrix), atol=1e-6)
+
+
+def test_equal_rows_have_distance_zero_across_blocks() -> None:
+    kind = np.arange(2 * BLOCK_ROWS + 100) % 3
+    walks = np.random.default_rng(0).normal(size=(20, 3)).cumsum(axis=0)
+    scales = np.random.default_rng(1).normal(size=kind.size)
+    distances = row_distances(correlation_magnitude(walks[:, kind] * scales))
+    one, other = np.triu_indices(kind.size, 1)
+    np.testing.assert_array_equal(distances == 0, kind[one] == kind[other])
 
 
 @pytest.mark.parametrize("cut", [1, 2, 10, 40, 2.5, 8.0])
@@ -232,6 +256,56 @@ def test_fewer_clusters_than_modes() -> None:
     magnitude = np.abs(correlation_matrix(np.repeat(walk, 5, axis=1)))
     assert len(np.unique(cluster(magnitude, 2))) == 2
     assert cluster(np.ones((1, 1)), 10).tolist() == [0]
+
+
+@pytest.mark.parametrize("backend", [read_only, fortran_ordered])
+def test_the_first_of_equal_members_is_the_reference_of_a_large_cluster(backend: Callable[[Array], Array]) -> None:
+    k = BLOCK_ROWS + 50
+    twice = np.tile(np.arange(k), 2)
+    magnitude = backend(correlation_magnitude(correlated(30, k))[np.ix_(twice, twice)])
+    labels = (twice % 5 == 0).astype(np.int64)
+    members = [np.flatnonzero(labels == label) for label in (0, 1)]
+    expected = [every[magnitude[np.ix_(every, every)].mean(axis=1).argmax()] for every in members]
+    assert choose_references(magnitude, labels).tolist() == expected
+    assert max(expected) < k
+
+
+def traced_peak(step: Callable[[], Any]) -> int:
+    """Peak bytes that NumPy allocates in `step`, its result included."""
+    tracemalloc.start()
+    try:
+        step()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_step_1_stays_below_its_estimate_of_memory() -> None:
+    k = 2000
+    trajectories = correlated(40, k)
+
+    def step_1() -> None:
+        magnitude = correlation_magnitude(trajectories)
+        choose_references(magnitude, cluster(magnitude, 10))
+
+    peak = traced_peak(step_1)
+    copy_in_linkage = 4 * k * k  # is C's, and not traced
+    assert peak < clustering_bytes(k) < 1.3 * (peak + copy_in_linkage)
+
+
+def test_estimate_of_memory_covers_as_many_epochs_as_samples() -> None:
+    trajectories = correlated(800, 800)
+    assert traced_peak(lambda: correlation_magnitude(trajectories)) < clustering_bytes(800)
+
+
+def test_no_step_makes_a_second_matrix() -> None:
+    k, n_epochs = 1500, 40
+    trajectories = correlated(n_epochs, k)
+    magnitude = correlation_magnitude(trajectories)
+    block = 8 * BLOCK_ROWS * k
+    assert traced_peak(lambda: correlation_magnitude(trajectories)) < magnitude.nbytes + 3 * 8 * n_epochs * k
+    assert traced_peak(lambda: row_distances(magnitude)) < magnitude.nbytes / 2 + 2.2 * block
+    assert traced_peak(lambda: choose_references(magnitude, np.zeros(k, np.int64))) < 2.2 * block
 
 
 # --- Sampling

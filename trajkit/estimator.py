@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from .errors import InputError
 from .kernels.affine import References
 from .kernels.clustering import Cut, checked_cut, choose_references, cluster
-from .kernels.correlation import correlation_matrix
+from .kernels.correlation import correlation_magnitude
 from .kernels.fused import fit_block_fused
 from .kernels.sampling import checked_sample, draw_by_variance
 
@@ -68,7 +68,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         cut = checked_cut(self.n_modes, "n_modes")
         self.sample_indices_ = self._sample(values)
         sampled = values[self.sample_indices_].T
-        magnitude = np.abs(correlation_matrix(sampled))
+        magnitude = correlation_magnitude(sampled)
         chosen = choose_references(magnitude, cluster(magnitude, cut))
         self.reference_indices_ = self.sample_indices_[chosen]
         self.references_ = sampled[:, chosen]

@@ -58,7 +58,7 @@ class References:
 
 @dataclass(frozen=True)
 class BlockFit:
-    """What CMD keeps of n weights; all arrays are (n,).
+    """What CMD keeps of n weights; arrays are (n,).
 
     The modelled trajectory is mean + scale · (r - mean(r)) with r the reference of the mode: the centred form, since
     scale · r + offset cancels where a reference's mean is large against its motion.
@@ -70,6 +70,8 @@ class BlockFit:
     correlation: NDArray[np.floating]
     variation: NDArray[np.float64]
     """Σ(w - mean)² over the epochs."""
+    correlations: NDArray[np.floating] | None = None
+    """(M, n), with every reference, if asked for: with them the fit can take further epochs, see `moments`."""
 
     @property
     def explained(self) -> NDArray[np.float64]:
@@ -77,22 +79,39 @@ class BlockFit:
         return self.variation * self.correlation.astype(np.float64) ** 2
 
 
-def fit_block(block: Any, references: References) -> BlockFit:
-    """Fit (E, n) trajectories, n ≥ 1, to (E, M) references of the same epochs.
+def fit_block(block: Any, references: References, every: bool = False) -> BlockFit:
+    """Fit (E, n) trajectories, n ≥ 1, to (E, M) references of the same epochs; with `every`, keep all correlations.
 
     `block` is a floating array of any array-API namespace; the result is NumPy's, `scale` and `correlation` in the
     block's dtype. Not finite values give a `variation` that is not finite.
     """
     n = block.shape[1]
+    xp = array_namespace(block)
+    unit = xp.asarray(references.unit)
+    dtype = np.dtype(str(block.dtype).rpartition(".")[2])
     with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite show in the variation
-        pieces = [_fit_piece(block[:, start : min(start + PIECE, n)], references) for start in range(0, n, PIECE)]
-    if len(pieces) == 1:
-        return pieces[0]
-    return BlockFit(**{name: np.concatenate([vars(piece)[name] for piece in pieces]) for name in vars(pieces[0])})
+        pieces = []
+        for start in range(0, n, PIECE):
+            sums = [_host(part) for part in block_sums(block[:, start : min(start + PIECE, n)], unit)]
+            pieces.append(solve(references, BlockSums(*sums), dtype, every))
+    return joined(pieces)
 
 
-def _fit_piece(piece: Any, references: References) -> BlockFit:
-    """One (E, n) piece, in float64 while it is in the cache.
+@dataclass(frozen=True)
+class BlockSums:
+    """The sums over the epochs that decide the fit of n weights; (n,), and (M, n) `products`."""
+
+    mean: NDArray[np.float64]
+    variation: NDArray[np.float64]
+    """Σ(w - mean)²"""
+    mode: NDArray[np.integer]
+    """The first reference with the largest |product|."""
+    products: NDArray[np.float64]
+    """Σ(w - mean)·unit with the unit references; (1, n), with the mode's alone, where no others are asked for."""
+
+
+def block_sums(piece: Any, unit: Any) -> tuple[Any, Any, Any, Any]:
+    """`BlockSums` of an (E, n) piece with (M, E) unit references, in their namespace and in float64.
 
     In float32 the sums alone would lose what the bars ask for: 2e-6 of a correlation over 40 epochs, everything for
     weights near 1 that move by 1e-4, and all of those whose squares under- or overflow.
@@ -102,33 +121,40 @@ def _fit_piece(piece: Any, references: References) -> BlockFit:
     moved = xp.astype(piece, xp.float64) - origin[None, :]  # a constant becomes exactly zero
     shift = xp.mean(moved, axis=0)
     moved = moved - shift[None, :]
-    products = xp.asarray(references.unit) @ moved
-    variation = _host(xp.sum(moved * moved, axis=0))
-    mode = _host(xp.argmax(xp.abs(products), axis=0))
-    product = np.take_along_axis(_host(products), mode[None], axis=0)[0]
-    dtype = np.dtype(str(piece.dtype).rpartition(".")[2])
-    return solve(references, mode, product, _host(origin + shift), variation, dtype)
+    products = unit @ moved
+    return origin + shift, xp.sum(moved * moved, axis=0), xp.argmax(xp.abs(products), axis=0), products
 
 
-def solve(
-    references: References,
-    mode: NDArray[np.integer],
-    product: NDArray[np.float64],
-    mean: NDArray[np.float64],
-    variation: NDArray[np.float64],
-    dtype: np.dtype[Any],
-) -> BlockFit:
-    """From each weight's mode and its product with the mode's unit reference, (n,), to scale and correlation."""
-    norm, length = references.norm[mode], np.sqrt(variation)
+def solve(references: References, sums: BlockSums, dtype: np.dtype[Any], every: bool) -> BlockFit:
+    """From the sums over the epochs to mode, scale and correlation; `every` keeps all correlations."""
+    mode, products = sums.mode, sums.products
+    product = products[0] if len(products) == 1 else np.take_along_axis(products, mode[None], axis=0)[0]
+    norm, length = references.norm[mode], np.sqrt(sums.variation)
     scale = np.divide(product, norm, out=np.zeros_like(product), where=norm > 0)
-    correlation = np.divide(product, length, out=np.zeros_like(product), where=length > 0)
     return BlockFit(
         mode=np.where(product == 0, 0, mode).astype(np.uint16),
         scale=scale.astype(dtype),
-        mean=mean,
-        correlation=np.clip(correlation, -1.0, 1.0).astype(dtype),
-        variation=variation,
+        mean=sums.mean,
+        correlation=_correlation(product, length).astype(dtype),
+        variation=sums.variation,
+        correlations=_correlation(products, length).astype(dtype) if every else None,
     )
+
+
+def joined(pieces: list[BlockFit]) -> BlockFit:
+    """The fit of neighbouring pieces, one after the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    fields: dict[str, Any] = {
+        name: None if value is None else np.concatenate([vars(piece)[name] for piece in pieces], axis=-1)
+        for name, value in vars(pieces[0]).items()
+    }
+    return BlockFit(**fields)
+
+
+def _correlation(product: NDArray[np.float64], length: NDArray[np.float64]) -> NDArray[np.float64]:
+    length = np.broadcast_to(length, product.shape)
+    return np.clip(np.divide(product, length, out=np.zeros_like(product), where=length > 0), -1.0, 1.0)
 
 
 def _host(array: Any) -> NDArray[Any]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 
 from ..errors import InputError
 
@@ -25,6 +24,8 @@ class DistanceCut:
 Cut = int | DistanceCut
 
 MAX_MODES = 65535
+BLOCK_ROWS = 256
+SPARE_BYTES = 16 << 20
 
 
 def checked_cut(cut: Cut, what: str) -> Cut:
@@ -40,21 +41,29 @@ def checked_cut(cut: Cut, what: str) -> Cut:
 
 
 def row_distances(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Euclidean distances between the rows of a symmetric (K, K) matrix, condensed to (K·(K-1)/2,).
+    """Euclidean distances between the rows of a (K, K) matrix, condensed to (K·(K-1)/2,).
 
-    By the Gram matrix: K = 3000 takes well under a second, where scipy's pair loop takes 12. Squares within rounding of
-    zero are zero, or equal rows would seem apart.
+    By matrix products: K = 3000 takes well under a second, where scipy's pair loop takes 12. A block of rows meets only
+    the columns from its own start on, which halves the work and leaves no second (K, K) array in memory. Squares within
+    rounding of zero are zero, or equal rows would seem apart.
     """
-    squared = matrix @ matrix.T
-    norms = np.diagonal(squared).copy()
-    rounding = 4 * len(matrix) * np.finfo(np.float64).eps * norms.max()
-    squared *= -2.0
-    squared += norms[:, None]
-    squared += norms[None, :]
-    squared[squared < rounding] = 0.0
-    np.sqrt(squared, out=squared)
-    np.fill_diagonal(squared, 0.0)
-    return squareform(squared, checks=False)
+    k = len(matrix)
+    norms = np.einsum("ij,ij->i", matrix, matrix)
+    rounding = 4 * k * np.finfo(np.float64).eps * norms.max()
+    condensed = np.empty(k * (k - 1) // 2)
+    filled = 0
+    for start in range(0, k - 1, BLOCK_ROWS):
+        squared = matrix[start : start + BLOCK_ROWS] @ matrix[start:].T
+        squared *= -2.0
+        squared += norms[start : start + BLOCK_ROWS, None]
+        squared += norms[start:]
+        squared[squared < rounding] = 0.0
+        np.sqrt(squared, out=squared)
+        for row, distances in enumerate(squared):
+            later = distances[row + 1 :]
+            condensed[filled : filled + later.size] = later
+            filled += later.size
+    return condensed
 
 
 def cluster(magnitude: NDArray[np.float64], cut: Cut) -> NDArray[np.int64]:
@@ -77,10 +86,26 @@ def cluster(magnitude: NDArray[np.float64], cut: Cut) -> NDArray[np.int64]:
     return rank[labels].astype(np.int64)
 
 
+def clustering_bytes(k: int) -> int:
+    """Upper estimate of the peak bytes of Step 1 on K samples, beyond their (E, K) trajectories, for E ≤ K.
+
+    Step 1 is `correlation_magnitude`, `cluster` and `choose_references`. It peaks in scipy's linkage, which copies the
+    condensed distances: about 16·K² bytes, 1.65 GB for K = 10,000.
+    """
+    magnitude = 8 * k * k
+    condensed = 4 * k * (k - 1)
+    block = 8 * min(k, BLOCK_ROWS) * k
+    # two blocks and a mask are freed before linkage, but malloc may keep them; BLAS's buffers come from the spare bytes
+    return magnitude + 2 * condensed + 2 * block + block // 8 + SPARE_BYTES
+
+
 def choose_references(magnitude: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Position of each cluster's reference, (M,): the member with the largest mean |corr| to the cluster's members."""
     references = []
     for label in range(int(labels.max()) + 1):
         members = np.flatnonzero(labels == label)
-        references.append(members[magnitude[np.ix_(members, members)].mean(axis=1).argmax()])
+        blocks = np.split(members, range(BLOCK_ROWS, members.size, BLOCK_ROWS))
+        # each mean is over a whole row, so that the blocks change no rounding: equal members stay equal, the first wins
+        means = [magnitude[np.ix_(rows, members)].mean(axis=1) for rows in blocks]
+        references.append(members[np.concatenate(means).argmax()])
     return np.array(references, dtype=np.int64)

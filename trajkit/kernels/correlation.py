@@ -22,6 +22,13 @@ def standardised(trajectories: NDArray[np.floating]) -> tuple[NDArray[np.float64
 def correlation_matrix(trajectories: NDArray[np.floating]) -> NDArray[np.float64]:
     """(K, K) signed Pearson correlations of (E, K) trajectories; a constant one correlates 0 with all, itself too."""
     unit, _ = standardised(trajectories)
-    matrix = np.clip(unit.T @ unit, -1.0, 1.0)
+    matrix = unit.T @ unit
+    np.clip(matrix, -1.0, 1.0, out=matrix)
     np.fill_diagonal(matrix, unit.any(axis=0))  # exactly, or rounding would choose between the members of a pair
     return matrix
+
+
+def correlation_magnitude(trajectories: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(K, K) |correlations| of (E, K) trajectories, in the memory of one such matrix."""
+    matrix = correlation_matrix(trajectories)
+    return np.abs(matrix, out=matrix)

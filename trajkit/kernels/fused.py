@@ -11,21 +11,26 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from .affine import BlockFit, References, solve
+from .affine import BlockFit, BlockSums, References, solve
 
 # Columns handled at a time: their differences, for four epochs, and their M sums stay in the first-level cache.
 TILE = 256
 
 
-def fit_block_fused(block: NDArray[np.floating[Any]], references: References) -> BlockFit:
+def fit_block_fused(block: NDArray[np.floating[Any]], references: References, every: bool = False) -> BlockFit:
     """As `affine.fit_block`, for a NumPy block (E, n) of float32 or float64. It releases the GIL."""
+    with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite show in the variation
+        return solve(references, block_sums_fused(block, references.unit, every), block.dtype, every)
+
+
+def block_sums_fused(block: NDArray[np.floating[Any]], unit: NDArray[np.float64], every: bool) -> BlockSums:
+    """As `affine.block_sums`, for a NumPy block (E, n); the products with all M references only where asked for."""
     block = np.ascontiguousarray(block)
     n = block.shape[1]
     mode = np.empty(n, dtype=np.uint16)
-    product, mean, variation = np.empty(n), np.empty(n), np.empty(n)
-    _fused_sums(block, references.unit, mode, product, mean, variation)
-    with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite show in the variation
-        return solve(references, mode, product, mean, variation, block.dtype)
+    mean, variation, products = np.empty(n), np.empty(n), np.empty((len(unit) if every else 1, n))
+    _fused_sums(block, unit, mode, products, mean, variation)
+    return BlockSums(mean, variation, mode, products)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -33,11 +38,11 @@ def _fused_sums(
     block: NDArray[np.floating[Any]],
     unit: NDArray[np.float64],
     mode: NDArray[np.uint16],
-    product: NDArray[np.float64],
+    products: NDArray[np.float64],
     mean: NDArray[np.float64],
     variation: NDArray[np.float64],
 ) -> None:
-    """Fill mode, product with the mode's unit reference, mean and Σ(w - mean)², (n,) each, of an (E, n) block.
+    """Fill mode, mean and Σ(w - mean)², (n,) each, and the (M, n) or (1, n) products of an (E, n) block.
 
     `unit` (M, E) are the centred references of norm 1. Four epochs are added at a time, so that a sum is loaded and
     stored a quarter as often.
@@ -87,4 +92,7 @@ def _fused_sums(
                 if abs(sums[m, t]) > best:
                     best, chosen = abs(sums[m, t]), m
             mode[start + t] = chosen
-            product[start + t] = sums[chosen, t]
+            if products.shape[0] == 1:
+                products[0, start + t] = sums[chosen, t]
+        if products.shape[0] > 1:
+            products[:, start : start + width] = sums[:, :width]
