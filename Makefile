@@ -44,8 +44,8 @@ mnist: $(INSTALLED)  ## record an MLP of 1.33 M weights on MNIST into .cache/mni
 oracle: mnist  ## compare a fit of it with a float64 oracle
 	$(BIN)/python benchmarks/oracle.py .cache/mnist
 
-bench: mnist  ## how long a fit takes; writes benchmarks/RESULTS.md
-	cd benchmarks && ../$(BIN)/python fit.py ../.cache/mnist
+bench: mnist  ## time and memory against the alternatives; writes benchmarks/RESULTS.md (20 minutes, 25 GB of disk)
+	cd benchmarks && ../$(BIN)/python bench.py ../.cache
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

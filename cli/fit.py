@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import trajkit
 
 from .options import epochs_option, json_option, quiet_option, run_argument
-from .output import echo_json, echo_table, number, progress
+from .output import Report, echo_json, echo_table, number, progress, talk
+
+if TYPE_CHECKING:
+    from trajkit import Decomposition, Run
+
+CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs")
 
 
 @click.command()
@@ -30,42 +37,92 @@ from .output import echo_json, echo_table, number, progress
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling.")
 @epochs_option
 @click.option("--name", help="Of the fit in the run.  [default: modes10 or the like]")
+@click.option("--updatable", is_flag=True, help="Keep what --update needs to read new epochs only.")
+@click.option("--update", metavar="NAME", help="Take the epochs recorded since into a saved fit.")
+@click.option("--follow", is_flag=True, help="Fit while a training records RUN, until it ends.")
+@click.option(
+    "--warmup", type=click.IntRange(min=2), default=20, show_default=True, help="Epochs before --follow fits."
+)
+@click.option("--interval", type=float, default=5.0, show_default=True, help="Seconds between two looks of --follow.")
+@click.option(
+    "--memory", metavar="BYTES", help="What the work may use, such as 2GiB.  [default: a quarter of the free]"
+)
+@click.option("--scheduler", metavar="WHERE", help="tcp://host:8786 of a Dask cluster, or threads.  [default: threads]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
 @quiet_option
 @json_option
+@click.pass_context
 def fit(
+    ctx: click.Context,
+    /,
     run: Path,
-    modes: int | None,
-    cut: float | None,
-    samples: int,
-    sampling: str,
-    seed: int,
-    epochs: list[int] | None,
     name: str | None,
+    update: str | None,
+    follow: bool,
+    warmup: int,
+    interval: float,
     quiet: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Fit CMD to RUN and save the fit inside it.
 
     \b
     Example:
       trajkit fit data/digits --modes 10
+      trajkit fit runs/mnist --update modes10
     """
-    if modes is not None and cut is not None:
-        raise click.UsageError("--modes and --cut exclude each other; give one")
-    opened = trajkit.open_run(run)
+    _require_compatible(ctx, update, follow)
+    choices = _choices(options)
+    resources = {key: options[key] for key in ("memory", "scheduler")}
+    if not quiet:
+        talk(logging.getLogger("trajkit"))
     began = time.perf_counter()
+    if follow:
+        choices |= resources | {"device": options["device"]}
+        for fitted in trajkit.follow(run, name, warmup, interval, **choices):
+            _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json)
+            began = time.perf_counter()
+        return
+    opened = trajkit.open_run(run)
     with progress("fitting weights", quiet) as report:
-        fitted = trajkit.fit(
-            opened,
-            modes=trajkit.DistanceCut(cut) if cut is not None else modes or 10,
-            samples=samples,
-            sampling=sampling,  # type: ignore[arg-type]  # click has checked the choice
-            seed=seed,
-            epochs=epochs,
-            name=name,
-            progress=report,
-        )
-    elapsed_s = time.perf_counter() - began
+        if update is not None:
+            fitted = trajkit.update(opened, update, report, **resources)
+        else:
+            fitted = _fitted(opened, name, report, choices | resources, options)
+    _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json)
+
+
+def _fitted(run: Run, name: str | None, report: Report | None, choices: dict[str, Any], options: Any) -> Decomposition:
+    return trajkit.fit(
+        run, name=name, progress=report, updatable=options["updatable"], device=options["device"], **choices
+    )
+
+
+def _require_compatible(ctx: click.Context, update: str | None, follow: bool) -> None:
+    """Raise a usage error for options that exclude each other."""
+    given = {
+        name
+        for name in (*CHOICES, "name", "updatable", "device")
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    if {"modes", "cut"} <= given:
+        raise click.UsageError("--modes and --cut exclude each other; give one")
+    if update is not None and follow:
+        raise click.UsageError("--update and --follow exclude each other; give one")
+    if update is not None and given:
+        raise click.UsageError(f"--update keeps the settings of the fit; leave out --{sorted(given)[0]}")
+
+
+def _choices(options: dict[str, Any]) -> dict[str, Any]:
+    cut = options["cut"]
+    return {
+        "modes": trajkit.DistanceCut(cut) if cut is not None else options["modes"] or 10,
+        **{key: options[key] for key in ("samples", "sampling", "seed", "epochs")},
+    }
+
+
+def _echo(run: Path, fitted: Decomposition, modes: int | None, elapsed_s: float, as_json: bool) -> None:
     if as_json:
         echo_json(
             {
@@ -77,6 +134,7 @@ def fit(
                 "variance_explained": fitted.quality.variance_explained,
                 "settings": dict(fitted.settings),
                 "mode_sizes": [part.weights for part in fitted.quality_by_mode],
+                "reading": fitted.run.archive.reading,
                 "elapsed_s": elapsed_s,
             }
         )

@@ -159,10 +159,10 @@ def test_a_failed_append_can_be_repeated_by_the_same_writer(tmp_path: Path, monk
         append(writer, 0)
         original = LocalObjects.create
 
-        def no_room(self: LocalObjects, key: str, data: bytes) -> None:
+        def no_room(self: LocalObjects, key: str, *parts: bytes) -> None:
             if key.startswith("buffers/"):
                 raise OSError(28, "No space left on device")
-            original(self, key, data)
+            original(self, key, *parts)
 
         monkeypatch.setattr(LocalObjects, "create", no_room)
         with pytest.raises(OSError, match="No space left"):
@@ -385,7 +385,7 @@ def test_plain_zarr_and_xarray_open_a_run_without_a_warning(digits_path: Path) -
         warnings.simplefilter("error")
         group = zarr.open_group(digits_path, mode="r")
         assert dict(group.members(max_depth=None)).keys() >= {"weights", "epoch", "probe", "buffers/int64"}
-        assert zarr.open_group(digits_path / "fits/modes10", mode="r")["scale"].shape == (3682,)
+        assert zarr.open_group(digits_path / "fits/modes10", mode="r")["0/scale"].shape == (3682,)
         with xarray.open_zarr(digits_path) as dataset:
             assert dataset["weights"].dims == ("epoch", "weight")
             assert dataset["epoch"].values.tolist() == list(range(40))
@@ -586,8 +586,8 @@ def test_a_forged_fit_is_refused(digits_path: Path) -> None:
         with pytest.raises(DamagedRunError, match=r"fits/modes10/zarr.json describes no fit"):
             open_run(digits_path).fit("modes10")
     path.write_text(content)
-    (digits_path / "fits/modes10/mode/objects.json").write_text("{}")
-    with pytest.raises(DamagedRunError, match=r"object fits/modes10/mode/objects.json is not what was saved"):
+    (digits_path / "fits/modes10/0/mode/objects.json").write_text("{}")
+    with pytest.raises(DamagedRunError, match=r"object fits/modes10/0/mode/objects.json is not what was saved"):
         _ = open_run(digits_path).fit("modes10").scale
 
 
@@ -603,8 +603,8 @@ def test_a_layout_that_was_not_recorded_is_found(digits_path: Path) -> None:
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_fit_is_found_when_read(how: str, digits_path: Path) -> None:
     decomposition = fit(digits_path, samples=100)
-    damaged(digits_path / "fits/modes10/scale/c/0", how)
-    with pytest.raises(DamagedRunError, match="fit 'modes10': object fits/modes10/scale/c/0"):
+    damaged(digits_path / "fits/modes10/0/scale/c/0", how)
+    with pytest.raises(DamagedRunError, match="fit 'modes10': object fits/modes10/0/scale/c/0"):
         _ = decomposition.scale
     with pytest.raises(DamagedRunError, match="fit 'modes10'"):
         open_run(digits_path).fit("modes10").modelled([3])

@@ -218,14 +218,14 @@ def test_help_info_and_fit_do_not_import_torch(digits_path: Path) -> None:
 
 def test_ctrl_c_in_a_fit_leaves_the_run_as_it_was(digits_path: Path) -> None:
     code = """
-import sys, time, trajkit.pipeline
+import sys, time, trajkit.device
 from trajkit_cli.main import main
-original = trajkit.pipeline.fit_block_fused
-def slow(block, references):
+original = trajkit.device.fit_block_fused
+def slow(*arguments):
     print("fitting", file=sys.stderr, flush=True)
     time.sleep(2)
-    return original(block, references)
-trajkit.pipeline.fit_block_fused = slow
+    return original(*arguments)
+trajkit.device.fit_block_fused = slow
 main()
 """
     process = subprocess.Popen(

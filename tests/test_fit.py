@@ -20,7 +20,7 @@ import trajkit.pipeline
 from trajkit import CMD, DistanceCut, Recorder, Run, fit, open_run
 from trajkit.errors import InputError, PathExistsError, RunLockedError, UnknownNameError
 from trajkit.store import format as store_format
-from trajkit.store.fits import FitWriter
+from trajkit.store.fits import FitShape, FitWriter
 from trajkit.store.objects import LocalObjects
 
 RESULTS = ("mode", "scale", "mean", "offset", "correlation", "reference", "reference_index", "sample_index")
@@ -40,6 +40,12 @@ def assert_is_the_oracles(run: Run, decomposition: Any, cut: int | float) -> Non
     for found, wanted in zip(references, expected_references, strict=True):
         if found != wanted:  # equal to rounding, as weights that move by single roundings are
             assert abs(np.corrcoef(trajectories[:, found].astype(float), trajectories[:, wanted])[0, 1]) > 1 - 1e-9
+    assert_is_the_oracles_steps_2_and_3(run, decomposition)
+
+
+def assert_is_the_oracles_steps_2_and_3(run: Run, decomposition: Any) -> None:
+    """The bars hold for every weight, given the references."""
+    trajectories, references = run.weights[run.rows_of(decomposition.epochs)], decomposition.reference_index
     expected = oracle.fit(trajectories, references)
     same = decomposition.mode == expected.mode
     assert same[expected.margin > 1e-6].all()
@@ -395,7 +401,7 @@ def test_an_interrupted_fit_leaves_the_run_as_it_was(
     interruption: BaseException, digits_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(digits_run.path)
-    for name in ("create", "replace", "create_atomically", "sync_names"):
+    for name in ("create", "put", "sync", "replace", "create_atomically", "sync_names"):
         original = getattr(LocalObjects, name)
         for at in range(1, 6):
             calls = 0
@@ -424,9 +430,9 @@ def test_an_interrupted_fit_leaves_the_run_as_it_was(
 
 
 def test_what_a_killed_fit_left_is_cleared_by_the_next(digits_run: Run) -> None:
-    writer = FitWriter(digits_run.archive.objects, "modes10", 3682)
+    writer = FitWriter(digits_run.archive.objects, "modes10", FitShape(3682, 40, 10, 500, updatable=False))
     zeros = {"mode": np.uint16, "scale": np.float32, "mean": np.float64, "correlation": np.float32}
-    writer.write_block(0, {name: np.zeros(3682, dtype) for name, dtype in zeros.items()})
+    writer.blocks.write(0, {name: np.zeros(3682, dtype) for name, dtype in zeros.items()})
     with pytest.raises(RunLockedError, match="fit 'modes10' is being written by process"):
         fit(digits_run, name="modes10")
     writer._lock.release()

@@ -26,9 +26,11 @@ def test_the_public_face() -> None:
         "TrajkitError",
         "evaluate",
         "fit",
+        "follow",
         "import_checkpoints",
         "load_weights",
         "open_run",
+        "update",
         "write_checkpoint",
     ]
     for name in trajkit.__all__:

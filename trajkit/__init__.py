@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .estimator import CMD
     from .kernels.clustering import DistanceCut
     from .layout import ParameterLayout
-    from .pipeline import fit
+    from .pipeline import fit, follow, update
     from .run import Run, RunWriter, load_weights, open_run
     from .training.evaluate import evaluate
     from .training.recorder import Recorder
@@ -36,9 +36,11 @@ _HOMES = {
     "TrajkitError": "errors",
     "evaluate": "training.evaluate",
     "fit": "pipeline",
+    "follow": "pipeline",
     "import_checkpoints": "checkpoints.importing",
     "load_weights": "run",
     "open_run": "run",
+    "update": "pipeline",
     "write_checkpoint": "checkpoints.writing",
 }
 
@@ -53,9 +55,11 @@ __all__ = [
     "TrajkitError",
     "evaluate",
     "fit",
+    "follow",
     "import_checkpoints",
     "load_weights",
     "open_run",
+    "update",
     "write_checkpoint",
 ]
 

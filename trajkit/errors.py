@@ -40,3 +40,11 @@ class DamagedRunError(TrajkitError, OSError):
 
 class UnsupportedFormatError(TrajkitError, OSError):
     """The archive was written in a format that this version does not read."""
+
+
+class MemoryBudgetError(TrajkitError, MemoryError):
+    """The work needs more memory than it may use."""
+
+
+class ClusterError(TrajkitError, RuntimeError):
+    """The workers of a cluster could not be reached, or died at the work."""

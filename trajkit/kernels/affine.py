@@ -73,10 +73,18 @@ class BlockFit:
     correlations: NDArray[np.floating] | None = None
     """(M, n), with every reference, if asked for: with them the fit can take further epochs, see `moments`."""
 
-    @property
-    def explained(self) -> NDArray[np.float64]:
-        """The part of `variation` that the model gives back."""
-        return self.variation * self.correlation.astype(np.float64) ** 2
+    def part(self, columns: slice) -> BlockFit:
+        """The fit of some of the weights, in the same memory."""
+        parts: dict[str, Any] = {
+            name: None if array is None else array[..., columns] for name, array in vars(self).items()
+        }
+        return BlockFit(**parts)
+
+    def take(self, fit: BlockFit) -> None:
+        """Copy another fit of as many weights into this one's memory."""
+        for name, array in vars(self).items():
+            if array is not None:
+                array[...] = vars(fit)[name]
 
 
 def fit_block(block: Any, references: References, every: bool = False) -> BlockFit:
@@ -138,6 +146,18 @@ def solve(references: References, sums: BlockSums, dtype: np.dtype[Any], every: 
         correlation=_correlation(product, length).astype(dtype),
         variation=sums.variation,
         correlations=_correlation(products, length).astype(dtype) if every else None,
+    )
+
+
+def empty_fit(n_correlations: int | None, n: int, dtype: np.dtype[Any]) -> BlockFit:
+    """Room for the fit of n weights, with so many rows of correlations, or None."""
+    return BlockFit(
+        mode=np.empty(n, np.uint16),
+        scale=np.empty(n, dtype),
+        mean=np.empty(n),
+        correlation=np.empty(n, dtype),
+        variation=np.empty(n),
+        correlations=None if n_correlations is None else np.empty((n_correlations, n), dtype),
     )
 
 

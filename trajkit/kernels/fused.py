@@ -11,41 +11,52 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from .affine import BlockFit, BlockSums, References, solve
+from .affine import BlockFit, References, empty_fit
 
 # Columns handled at a time: their differences, for four epochs, and their M sums stay in the first-level cache.
 TILE = 256
 
 
-def fit_block_fused(block: NDArray[np.floating[Any]], references: References, every: bool = False) -> BlockFit:
-    """As `affine.fit_block`, for a NumPy block (E, n) of float32 or float64. It releases the GIL."""
-    with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite show in the variation
-        return solve(references, block_sums_fused(block, references.unit, every), block.dtype, every)
+def fit_block_fused(
+    block: NDArray[np.floating[Any]], references: References, every: bool = False, out: BlockFit | None = None
+) -> BlockFit:
+    """As `affine.fit_block`, for a NumPy block (E, n) of float32 or float64. It releases the GIL.
 
-
-def block_sums_fused(block: NDArray[np.floating[Any]], unit: NDArray[np.float64], every: bool) -> BlockSums:
-    """As `affine.block_sums`, for a NumPy block (E, n); the products with all M references only where asked for."""
+    `out` takes the fit, where given, with its correlations if there is room for them.
+    """
     block = np.ascontiguousarray(block)
-    n = block.shape[1]
-    mode = np.empty(n, dtype=np.uint16)
-    mean, variation, products = np.empty(n), np.empty(n), np.empty((len(unit) if every else 1, n))
-    _fused_sums(block, unit, mode, products, mean, variation)
-    return BlockSums(mean, variation, mode, products)
+    if out is None:
+        out = empty_fit(len(references.unit) if every else None, block.shape[1], block.dtype)
+    correlations = np.empty((0, 0), dtype=block.dtype) if out.correlations is None else out.correlations
+    _fit(
+        block,
+        references.unit,
+        references.norm,
+        out.mode,
+        out.scale,
+        out.mean,
+        out.correlation,
+        out.variation,
+        correlations,
+    )
+    return out
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _fused_sums(
+def _fit(
     block: NDArray[np.floating[Any]],
     unit: NDArray[np.float64],
+    norm: NDArray[np.float64],
     mode: NDArray[np.uint16],
-    products: NDArray[np.float64],
+    scale: NDArray[np.floating[Any]],
     mean: NDArray[np.float64],
+    correlation: NDArray[np.floating[Any]],
     variation: NDArray[np.float64],
+    correlations: NDArray[np.floating[Any]],
 ) -> None:
-    """Fill mode, mean and Σ(w - mean)², (n,) each, and the (M, n) or (1, n) products of an (E, n) block.
+    """Fill the fit of an (E, n) block to the unit references (M, E); (M, n) `correlations` where they have rows.
 
-    `unit` (M, E) are the centred references of norm 1. Four epochs are added at a time, so that a sum is loaded and
-    stored a quarter as often.
+    Four epochs are added at a time, so that a sum is loaded and stored a quarter as often.
     """
     n_epochs, n = block.shape
     n_modes = unit.shape[0]
@@ -92,7 +103,25 @@ def _fused_sums(
                 if abs(sums[m, t]) > best:
                     best, chosen = abs(sums[m, t]), m
             mode[start + t] = chosen
-            if products.shape[0] == 1:
-                products[0, start + t] = sums[chosen, t]
-        if products.shape[0] > 1:
-            products[:, start : start + width] = sums[:, :width]
+            product, length = sums[chosen, t], np.sqrt(squares[t])
+            scale[start + t] = product / norm[chosen] if norm[chosen] > 0 else 0.0
+            correlation[start + t] = min(max(product / length, -1.0), 1.0) if length > 0 else 0.0
+        for m in range(correlations.shape[0]):
+            for t in range(width):
+                length = np.sqrt(squares[t])
+                correlations[m, start + t] = min(max(sums[m, t] / length, -1.0), 1.0) if length > 0 else 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+def add_quality(
+    group: NDArray[np.integer[Any]],
+    variation: NDArray[np.float64],
+    correlation: NDArray[np.floating[Any]],
+    totals: NDArray[np.float64],
+) -> None:
+    """Add to the `totals` (g, 3) of each weight's group, (n,): one, its variation, and what of it is explained."""
+    for i in range(group.size):
+        which = group[i]
+        totals[which, 0] += 1.0
+        totals[which, 1] += variation[i]
+        totals[which, 2] += variation[i] * np.float64(correlation[i]) ** 2

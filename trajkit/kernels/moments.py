@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .affine import BlockFit, BlockSums, References, solve
-from .fused import block_sums_fused
+from .affine import BlockFit, BlockSums, References, block_sums, solve
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,8 @@ class Moments:
     @classmethod
     def of_block(cls, block: NDArray[np.floating[Any]], references: References) -> Moments:
         """Of (E, n) trajectories, E ≥ 1, against references over the same epochs."""
-        sums = block_sums_fused(block, references.unit, every=True)
-        products = sums.products * references.norm[:, None]
-        return cls(len(block), sums.mean, sums.variation, products, references.mean)
+        mean, variation, _, products = block_sums(block, references.unit)
+        return cls(len(block), mean, variation, products * references.norm[:, None], references.mean)
 
     @classmethod
     def of_fit(cls, fit: BlockFit, references: References) -> Moments:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import DamagedRunError, RunNotFoundError
 from ..layout import ParameterLayout
-from .arrays import DamagedObjectError, VerifiedReader, with_rows
+from .arrays import DamagedObjectError, Reading, Region, VerifiedReader, keys_of, reading_of, with_rows
 from .commit import CommitRecord, read_records
 from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays
 from .objects import LocalObjects
@@ -57,31 +58,54 @@ class Archive:
     def __len__(self) -> int:
         return len(self.records)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An archive travels as its path; the process where it arrives opens it, once."""
+        return _reopened, (str(self.objects.root), len(self), self.records[-1].hash)
+
     @cached_property
     def _reader(self) -> VerifiedReader:
         committed = {key: stored for record in self.records for key, stored in record.objects.items()}
         return VerifiedReader(self.objects, committed)
 
-    def read(self, path: str, rows: Sequence[int] | NDArray[np.integer[Any]], columns: Columns) -> NDArray[Any]:
-        """Values (len(rows), stop - start) of an array with rows, in the order of `rows`.
+    def read(
+        self,
+        path: str,
+        rows: Sequence[int] | NDArray[np.integer[Any]],
+        columns: Columns,
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
+        """Values (len(rows), stop - start) of an array with rows, in the order of `rows`; in `out` where given.
 
         Raises `DamagedRunError` naming epoch, tensor and object where an object that it needs is damaged.
         """
         wanted = np.asarray(rows, dtype=np.int64)
         if wanted.size and np.array_equal(wanted, np.arange(wanted[0], wanted[0] + wanted.size)):
-            return self._read(path, (slice(int(wanted[0]), int(wanted[0]) + wanted.size), slice(*columns)))
-        found = np.empty((wanted.size, columns[1] - columns[0]), dtype=self.documents[path]["data_type"])
-        for position, row in enumerate(wanted.tolist()):
-            found[position] = self._read(path, (slice(row, row + 1), slice(*columns)))
-        return found
+            together = slice(int(wanted[0]), int(wanted[0]) + wanted.size)  # zarr reads neighbours in one go
+            return self._read(path, (together, slice(*columns)), out)
+        return self._read(path, (wanted, slice(*columns)), out)
+
+    def check(self, path: str, rows: NDArray[np.int64], columns: Columns) -> None:
+        """Hash what `read` would hash first; raises `DamagedRunError` as it does."""
+        with self._naming_the_place():
+            self._reader.require(keys_of(path, self.documents[path], (rows, slice(*columns))))
 
     def read_probe_index(self) -> NDArray[np.int64]:
         """(P,) indices of the probe weights."""
         return self._read(PROBE_INDEX, (slice(0, self.documents[PROBE_INDEX]["shape"][0]),))
 
-    def _read(self, path: str, region: tuple[slice, ...]) -> NDArray[Any]:
+    @property
+    def reading(self) -> Reading:
+        """How the weights are read."""
+        return reading_of(self.documents[WEIGHTS])
+
+    def _read(self, path: str, region: Region, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        with self._naming_the_place():
+            return self._reader.read(path, self.documents[path], region, out)
+
+    @contextmanager
+    def _naming_the_place(self) -> Iterator[None]:
         try:
-            return self._reader.read(path, self.documents[path], region)
+            yield
         except DamagedObjectError as damage:
             raise DamagedRunError(f"{self._place(damage.key)}{damage}; restore it from a copy of the run") from None
 
@@ -98,6 +122,23 @@ class Archive:
             last = self.layout.weight_at(min((indices[1] + 1) * width, self.layout.n_weights) - 1)
             place += f"'{first}': " if first == last else f"'{first}' to '{last}': "
         return place
+
+
+@lru_cache(maxsize=8)
+def _reopened(root: str, n_rows: int, last_hash: str) -> Archive:
+    """The archive in a directory as it was with `n_rows` epochs; raises `DamagedRunError` where it has others."""
+    archive = Archive.open(Path(root))
+    if len(archive) < n_rows or archive.records[n_rows - 1].hash != last_hash:
+        raise DamagedRunError(f"{root}: not the run that was opened elsewhere; give every worker the same files")
+    return Archive(
+        archive.objects,
+        archive.layout,
+        archive.records[:n_rows],
+        {
+            path: document if path == PROBE_INDEX else with_rows(document, n_rows)
+            for path, document in archive.documents.items()
+        },
+    )
 
 
 def checked_documents(objects: LocalObjects, layout: ParameterLayout) -> dict[str, dict[str, Any]]:

@@ -1,15 +1,18 @@
-"""Zarr arrays as this archive uses them: encoded in memory, written by us, read through the Rust pipeline.
+"""Zarr arrays as this archive uses them: encoded in memory, written by us, and never read unchecked.
 
-Zarr writes only into memory here; the bytes then go to disk in the order that the commit protocol asks for. The Rust
-pipeline `zarrs` reads 3 to 9 times faster than the default one, but writes in place, so it never writes. It checks no
-checksum inside a shard or of a part of a chunk, so whatever it reads has been checked against its hash before.
+Zarr writes only into memory here; the bytes then go to disk in the order that the commit protocol asks for. Raw chunks
+are read by `raw`, coded ones through the Rust pipeline `zarrs`, 3 to 9 times as fast as the default one; it writes in
+place, so it never writes. Neither checks a checksum, so whatever they read has been checked against its hash before.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import threading
 from collections.abc import Mapping
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -23,25 +26,33 @@ from ..errors import DamagedRunError
 from ..forks import in_forked_child
 from .commit import StoredObject
 from .objects import LocalObjects
+from .raw import RawArray, RawDataError
 
 PYTHON_PIPELINE = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 RUST_PIPELINE = "zarrs.ZarrsCodecPipeline"
+
+Parts = list[memoryview | bytes]
+Region = tuple[slice | NDArray[np.int64], ...]
+"""What to read: a slice of each axis, or an array of rows first."""
+Reading = Literal["raw", "zarrs", "zarr"]
 
 # zarr chooses an array's pipeline when it is made, from a configuration that is shared by all threads.
 _pipeline_choice = threading.Lock()
 
 
-def encode(
-    path: str, document: dict[str, Any], region: tuple[slice | int, ...], values: NDArray[Any]
-) -> dict[str, memoryview]:
-    """The stored objects of `values` in `region` of the array at `path`: key -> bytes.
+def encode(path: str, document: dict[str, Any], region: tuple[slice, ...], values: NDArray[Any]) -> dict[str, Parts]:
+    """The stored objects of `values` in `region` of the array at `path`: key -> its bytes, in parts.
 
     `document` is the array's ``zarr.json`` with a shape that contains the region; the region covers whole objects.
     """
+    raw = RawArray.of(document)
+    if raw is not None and raw.chunk == raw.stored:
+        keys = keys_of(path, document, _bounded(region, document))
+        return dict(zip(keys, raw.encode(values, document["fill_value"]), strict=True))
     stored: dict[str, Buffer] = {}
     array = _array(MemoryStore(stored), path, document, PYTHON_PIPELINE)
     array[region] = values
-    return {key: np.ascontiguousarray(buffer.as_numpy_array()).data.cast("B") for key, buffer in stored.items()}
+    return {key: [np.ascontiguousarray(buffer.as_numpy_array()).data.cast("B")] for key, buffer in stored.items()}
 
 
 def store(
@@ -49,10 +60,17 @@ def store(
 ) -> dict[str, StoredObject]:
     """Create the objects of `values` in `region` of the array at `path`; what they are, by key. See `encode`."""
     stored: dict[str, StoredObject] = {}
-    for key, data in encode(path, document, region, values).items():
-        objects.create(key, data)
-        stored[key] = StoredObject.of(data)
+    for key, parts in encode(path, document, region, values).items():
+        objects.create(key, *parts)
+        stored[key] = StoredObject.of(*parts)
     return stored
+
+
+def reading_of(document: Mapping[str, Any]) -> Reading:
+    """How the chunks of an array are read: straight off the files, by the Rust pipeline, or by zarr's own."""
+    if RawArray.of(document) is not None:
+        return "raw"
+    return "zarr" if in_forked_child() or importlib.util.find_spec("zarrs") is None else "zarrs"
 
 
 class VerifiedReader:
@@ -66,30 +84,65 @@ class VerifiedReader:
     def __init__(self, objects: LocalObjects, committed: Mapping[str, StoredObject]) -> None:
         self._objects = objects
         self._committed = committed
-        self._sound: set[str] = set()
-        self._arrays: dict[tuple[bool, str], zarr.Array[Any]] = {}
+        self._files: dict[str, Future[str]] = {}
+        self._raw: dict[str, RawArray | None] = {}
+        self._arrays: dict[tuple[Reading, str], zarr.Array[Any]] = {}
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
-    def read(self, path: str, document: dict[str, Any], region: tuple[slice, ...]) -> NDArray[Any]:
-        """Values of a region of the array at `path`, whose ``zarr.json`` is taken to be `document`."""
-        self.require(keys_of(path, document, region))
-        # Into memory of our own: left to itself, zarr first fills it with fill values, which takes longer than reading.
-        out: Any = np.empty([axis.stop - axis.start for axis in region], dtype=document["data_type"])
+    def read(
+        self, path: str, document: dict[str, Any], region: Region, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Values of a region of the array at `path`, whose ``zarr.json`` is taken to be `document`.
+
+        The first axis of the region may be an array of rows. `out` takes the values, where given; it is C-contiguous.
+        """
+        keys = keys_of(path, document, region)
+        files = self.require(keys)
+        if out is None:  # memory of our own: left to itself, zarr first fills it, which takes longer than reading
+            shape = [axis.stop - axis.start if isinstance(axis, slice) else axis.size for axis in region]
+            out = np.empty(shape, dtype=document["data_type"])
+        raw = self._raw_array(path, document)
         try:
-            self._opened(path, document).get_basic_selection(region, out=cpu.NDBuffer.from_ndarray_like(out))
+            if raw is None:
+                self._read_coded(path, document, region, out)
+            else:
+                columns: Any = region[-1]
+                raw.read(files, columns, out)
+        except RawDataError as error:
+            raise DamagedRunError(f"{self._objects.root}: {path}: {error}") from error
         except (ValueError, RuntimeError, OSError) as error:
             raise DamagedRunError(f"{self._objects.root}: {path} cannot be decoded ({error})") from error
-        return np.asarray(out)
+        return out
 
-    def require(self, keys: list[str]) -> None:
-        """Raise `DamagedRunError` naming the first of these objects that is not what was committed."""
-        with self._lock:
-            for key in keys:
-                if key not in self._sound:
-                    self._check(key)
-                    self._sound.add(key)
+    def require(self, keys: list[str]) -> list[str]:
+        """The files of these objects; raises `DamagedObjectError` naming one that is not what was committed."""
+        if os.getpid() != self._process:  # forked: another thread may have held the lock, or be at a file
+            self._files, self._lock, self._process = {}, threading.Lock(), os.getpid()
+        # Each thread checks what no other one has begun, and waits for the rest at the end.
+        return [found.result() for found in [self._file_of(key) for key in keys]]
 
-    def _check(self, key: str) -> None:
+    def _file_of(self, key: str) -> Future[str]:
+        """The file of an object, checked by the first thread that asks for it."""
+        found = self._files.get(key)
+        if found is None:
+            with self._lock:
+                found = self._files.get(key)
+                mine = self._files.setdefault(key, Future[str]())
+            if found is None:
+                self._check(key, mine)
+        return found or mine
+
+    def _check(self, key: str, file: Future[str]) -> None:
+        try:
+            file.set_result(self._checked(key))
+        except BaseException as error:
+            del self._files[key]  # it may be restored
+            file.set_exception(error)
+            if not isinstance(error, OSError):
+                raise
+
+    def _checked(self, key: str) -> str:
         expected = self._committed.get(key)
         if expected is None:
             raise DamagedObjectError(key, "was never committed")
@@ -99,14 +152,30 @@ class VerifiedReader:
             raise DamagedObjectError(key, f"is {state}, {expected.length} bytes were committed")
         if self._objects.digest(key) != expected.hash:
             raise DamagedObjectError(key, "does not have the content that was committed")
+        return str(self._objects.path(key))
+
+    def _raw_array(self, path: str, document: dict[str, Any]) -> RawArray | None:
+        if path not in self._raw:
+            self._raw[path] = RawArray.of(document)
+        return self._raw[path]
+
+    def _read_coded(self, path: str, document: dict[str, Any], region: Region, out: NDArray[Any]) -> None:
+        array = self._opened(path, document)
+        rows = region[0]
+        if isinstance(rows, slice):
+            array.get_basic_selection(region, out=cpu.NDBuffer.from_ndarray_like(out))  # type: ignore[arg-type]
+            return
+        for position, row in enumerate(rows.tolist()):
+            here = (slice(row, row + 1), *region[1:])
+            array.get_basic_selection(here, out=cpu.NDBuffer.from_ndarray_like(out[position : position + 1]))  # type: ignore[arg-type]
 
     def _opened(self, path: str, document: dict[str, Any]) -> zarr.Array[Any]:
-        forked = in_forked_child()
-        if (forked, path) not in self._arrays:
+        reading = reading_of(document)
+        if (reading, path) not in self._arrays:
             store = LocalStore(self._objects.root, read_only=True)
-            pipeline = PYTHON_PIPELINE if forked else RUST_PIPELINE
-            self._arrays[forked, path] = _array(store, path, document, pipeline)
-        return self._arrays[forked, path]
+            pipeline = RUST_PIPELINE if reading == "zarrs" else PYTHON_PIPELINE
+            self._arrays[reading, path] = _array(store, path, document, pipeline)
+        return self._arrays[reading, path]
 
 
 class DamagedObjectError(DamagedRunError):
@@ -117,18 +186,27 @@ class DamagedObjectError(DamagedRunError):
         self.key = key
 
 
-def keys_of(path: str, document: Mapping[str, Any], region: tuple[slice, ...]) -> list[str]:
-    """The stored objects that hold a region of an array."""
+def keys_of(path: str, document: Mapping[str, Any], region: Region) -> list[str]:
+    """The stored objects that hold a region of an array; rows first."""
     stored = document["chunk_grid"]["configuration"]["chunk_shape"]
     keys = [f"{path}/c"]
     for axis, width in zip(region, stored, strict=True):
-        keys = [f"{key}/{place}" for key in keys for place in range(axis.start // width, -(-axis.stop // width))]
+        if isinstance(axis, slice):
+            places = range(axis.start // width, -(-axis.stop // width))
+        else:
+            places = np.unique(axis // width).tolist() if width > 1 else axis.tolist()
+        keys = [f"{key}/{place}" for key in keys for place in places]
     return keys
 
 
 def with_rows(document: dict[str, Any], rows: int) -> dict[str, Any]:
     """The array's document with `rows` epochs."""
     return {**document, "shape": [rows, *document["shape"][1:]]}
+
+
+def _bounded(region: tuple[slice, ...], document: Mapping[str, Any]) -> Region:
+    """The region with a start and a stop on each axis."""
+    return tuple(slice(*axis.indices(length)[:2]) for axis, length in zip(region, document["shape"], strict=True))
 
 
 def _array(store: Store, path: str, document: dict[str, Any], pipeline: str) -> zarr.Array[Any]:

@@ -21,9 +21,9 @@ class StoredObject:
     hash: str
 
     @classmethod
-    def of(cls, data: bytes | memoryview) -> StoredObject:
+    def of(cls, *parts: bytes | memoryview) -> StoredObject:
         """What is known of an object with this content."""
-        return cls(len(data), digest(data))
+        return cls(sum(map(len, parts)), digest(*parts))
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,21 @@ array                 dtype      dimensions       content
 ``reference``         float32    (epoch, m)       the reference trajectories over the fitted epochs
 ``reference_index``   int64      (m)              which weights they are
 ``sample_index``      int64      (sample)         the weights that Step 1 looked at
+``variation``         float64    (weight)         Σ(w - mean)² over the fitted epochs; in fits that can be updated
+``correlations``      float32    (m, weight)      with every reference; in fits that can be updated
 ====================  =========  ===============  =================================================================
 
-``mode/objects.json`` holds length and hash of every object of these arrays. The group's ``zarr.json`` is written last
-and makes the fit exist; its attribute ``trajkit_fit`` is ``{"fit": {…}, "blake3": hash of it}`` and holds the settings,
-the epochs, the quality of the fit, the layout's hash, and the hash of ``objects.json``.
+They stand in a group of their own, ``fits/<name>/<version>``; version 0 is the first, and every update writes the next.
+``mode/objects.json`` there holds length and hash of every object of these arrays. The ``zarr.json`` of ``fits/<name>``
+is written last and makes the fit, or its new version, exist; its attribute ``trajkit_fit`` is
+``{"fit": {…}, "blake3": hash of it}`` and holds the version, the settings, the epochs, the quality of the fit, the
+layout's hash, and the hash of ``objects.json``.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +36,7 @@ from numpy.typing import NDArray
 from ..digest import ALGORITHM, canonical_json, digest
 from ..errors import DamagedRunError, PathExistsError, UnknownNameError
 from ..layout import ParameterLayout
-from .arrays import DamagedObjectError, VerifiedReader, store
+from .arrays import DamagedObjectError, Parts, VerifiedReader, encode
 from .commit import StoredObject
 from .format import FITS, LOCKS, METADATA, array_document, group_document, require_name, result_rule
 from .lock import WriterLock
@@ -40,7 +45,41 @@ from .root import encoded, read_document, write_document
 
 FIT_ATTRIBUTE = "trajkit_fit"
 RESULTS = {"mode": "uint16", "scale": "float32", "mean": "float64", "correlation": "float32"}
+MOMENTS = {"variation": "float64", "correlations": "float32"}
+"""What a fit needs to take further epochs, beside its results."""
 Stored = dict[str, StoredObject]
+
+
+@dataclass(frozen=True)
+class FitShape:
+    """The numbers that decide every array of a fit."""
+
+    n_weights: int
+    n_epochs: int
+    n_modes: int
+    n_samples: int
+    updatable: bool
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The arrays that are written block by block."""
+        return (*RESULTS, *(MOMENTS if self.updatable else ()))
+
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """Array -> ``zarr.json``; what is read does not depend on what is stored."""
+        n, chunk = self.n_weights, result_rule(self.n_weights).chunk
+        rows = ("epoch", "m")
+        documents = {
+            "reference": array_document("float32", (self.n_epochs, self.n_modes), (self.n_epochs, self.n_modes), rows),
+            "reference_index": array_document("int64", (self.n_modes,), (self.n_modes,), ("m",)),
+            "sample_index": array_document("int64", (self.n_samples,), (self.n_samples,), ("sample",)),
+        }
+        for array, dtype in (RESULTS | MOMENTS).items():
+            documents[array] = array_document(dtype, (n,), (chunk,), ("weight",))
+        documents["correlations"] = array_document("float32", (self.n_modes, n), (1, chunk), ("m", "weight"))
+        if not self.updatable:
+            documents = {array: document for array, document in documents.items() if array not in MOMENTS}
+        return documents
 
 
 @dataclass(frozen=True)
@@ -50,17 +89,22 @@ class StoredFit:
     objects: LocalObjects
     name: str
     attributes: Mapping[str, Any]
+    shape: FitShape
     documents: Mapping[str, dict[str, Any]]
-    """Array -> ``zarr.json``, as the attributes decide it."""
+    """Array -> ``zarr.json``, as the shape decides it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredFit, (self.objects, self.name, self.attributes, self.shape, self.documents)
 
     @property
-    def path(self) -> str:
-        """The group of the fit."""
-        return f"{FITS}/{self.name}"
+    def version(self) -> int:
+        """How often it was updated."""
+        version: int = self.attributes["version"]
+        return version
 
     @cached_property
     def _reader(self) -> VerifiedReader:
-        key = _objects_key(self.name)
+        key = _objects_key(self._group)
         table = self.objects.read(key) if self.objects.exists(key) else b""
         if digest(table) != self.attributes["objects"]:
             raise self._damaged(f"object {key} is not what was saved")
@@ -68,54 +112,89 @@ class StoredFit:
         return VerifiedReader(self.objects, stored)
 
     def read(self, array: str, start: int | None = None, stop: int | None = None) -> NDArray[Any]:
-        """Entries ``start : stop`` of an array along its first axis; raises `DamagedRunError` where it is damaged."""
+        """Entries ``start : stop`` of an array along its last axis; raises `DamagedRunError` where it is damaged."""
         document = self.documents[array]
-        first, last, _ = slice(start, stop).indices(document["shape"][0])
-        region = (slice(first, max(first, last)), *(slice(0, length) for length in document["shape"][1:]))
+        *rows, length = document["shape"]
+        first, last, _ = slice(start, stop).indices(length)
+        region = (*(slice(0, count) for count in rows), slice(first, max(first, last)))
         try:
-            return self._reader.read(f"{self.path}/{array}", document, region)
+            return self._reader.read(f"{self._group}/{array}", document, region)
         except DamagedObjectError as damage:
             raise self._damaged(str(damage)) from None
 
+    @property
+    def _group(self) -> str:
+        return f"{FITS}/{self.name}/{self.version}"
+
     def _damaged(self, what: str) -> DamagedRunError:
-        return DamagedRunError(f"{self.objects.root}: fit '{self.name}': {what}; fit again by another name")
+        try:
+            updated = _saved(self.objects, self.name)["version"] != self.version
+        except (OSError, KeyError, TypeError, ValueError):
+            updated = False
+        state, cure = ("was updated since it was opened", "open it") if updated else (what, "fit")
+        return DamagedRunError(
+            f"{self.objects.root}: fit '{self.name}': {state}; {cure} again{'' if updated else ' by another name'}"
+        )
+
+
+@dataclass(frozen=True)
+class ResultBlocks:
+    """Where the results of a fit's blocks are put, by threads and processes that may be asked for a block twice."""
+
+    objects: LocalObjects
+    group: str
+    shape: FitShape
+
+    def write(self, start: int, results: Mapping[str, NDArray[Any]]) -> Stored:
+        """Store the results (n,) or (M, n) of the weights from `start` on; n is a whole chunk, but for the last."""
+        documents = self.shape.documents()
+        stored: Stored = {}
+        for array in self.shape.results:
+            values = results[array]
+            region = (*(slice(0, count) for count in values.shape[:-1]), slice(start, start + values.shape[-1]))
+            for key, parts in encode(f"{self.group}/{array}", documents[array], region, values).items():
+                self.objects.put(key, *parts)
+                stored[key] = StoredObject.of(*parts)
+        return stored
 
 
 class FitWriter:
     """Writes one fit; a context manager that leaves the run as it was unless `commit` was reached.
 
-    Raises `PathExistsError` where a fit of the name exists, `RunLockedError` while another process writes it.
+    With `previous`, it writes that fit's next version. Raises `PathExistsError` where a fit of the name, or a later
+    version, exists, `RunLockedError` while another process writes it.
     """
 
-    def __init__(self, root: LocalObjects, name: str, n_weights: int) -> None:
+    def __init__(self, root: LocalObjects, name: str, shape: FitShape, previous: StoredFit | None = None) -> None:
         self.name = require_name(name, "fit")
-        self._n_weights = n_weights
-        self._objects = LocalObjects(root.root, fsync=root.fsync, owner=f"fit-{name}")
+        self._shape = shape
+        self._previous = previous
+        self._version = 0 if previous is None else previous.version + 1
+        self._group = f"{FITS}/{name}/{self._version}"
+        self._helpers = LocalObjects(root.root, fsync=root.fsync, owner=f"fit-{name}")
+        self._objects = LocalObjects(root.root, fsync=root.fsync, owner=f"fit-{name}/{uuid.uuid4().hex}")
         self._lock = WriterLock(self._objects.ready(f"{LOCKS}/fit-{name}"), f"{root.root}: fit '{name}'")
-        if self._objects.exists(f"{FITS}/{name}/{METADATA}"):
+        try:
+            self._require_current()
+            self._clear()
+            self._prepare()
+        except BaseException:
             self._lock.release()
-            raise PathExistsError(f"{root.root}: fit '{name}' exists; choose another name")
-        self._clear()
-        self._committed = False
-        self._documents = _documents(n_weights, 0, 0, 0)  # the results do not depend on the other numbers
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._committed:
+        try:
             self._clear()
-        self._lock.release()
+        finally:
+            self._lock.release()
 
-    def write_block(self, start: int, results: Mapping[str, NDArray[Any]]) -> Stored:
-        """Store the results (n,) of the weights from `start` on; `start` and n are whole chunks, but for the last."""
-        stored: Stored = {}
-        for array in RESULTS:
-            stop = start + results[array].size
-            stored |= store(
-                self._objects, self._array(array), self._documents[array], (slice(start, stop),), results[array]
-            )
-        return stored
+    @property
+    def blocks(self) -> ResultBlocks:
+        """Takes the results of the blocks, in this process or another."""
+        return ResultBlocks(self._objects, self._group, self._shape)
 
     def commit(
         self,
@@ -125,37 +204,79 @@ class FitWriter:
         sample_index: NDArray[np.int64],
         attributes: Mapping[str, Any],
     ) -> None:
-        """Write what is small, then the group: from here on the fit exists."""
-        n_epochs, n_modes = reference.shape
-        documents = _documents(self._n_weights, n_epochs, n_modes, sample_index.size)
-        small: dict[str, NDArray[Any]] = {
+        """Write what is small, then the group: from here on the fit, or its new version, exists."""
+        documents = self._shape.documents()
+        values: dict[str, NDArray[Any]] = {
             "reference": reference,
             "reference_index": reference_index,
             "sample_index": sample_index,
         }
-        for array, values in small.items():
-            stored = stored | store(
-                self._objects, self._array(array), documents[array], (slice(None),) * values.ndim, values
-            )
+        small: dict[str, Parts] = {}
+        for array, whole in values.items():
+            small |= encode(f"{self._group}/{array}", documents[array], (slice(None),) * whole.ndim, whole)
+        stored = stored | {key: StoredObject.of(*parts) for key, parts in small.items()}
         table = canonical_json({key: [item.length, item.hash] for key, item in stored.items()})
-        self._objects.create(_objects_key(self.name), table)
-        for array, document in documents.items():
-            write_document(self._objects, self._array(array), document)
+        small[_objects_key(self._group)] = [table]
+        for path, document in {self._group: group_document(), **self._at_group(documents)}.items():
+            small[f"{path}/{METADATA}"] = [encoded(document, path)]
+        for key, parts in small.items():
+            self._objects.ready(key)
+            self._objects.put(key, *parts)
+        self._objects.sync(small.keys() | stored.keys())
         if not self._objects.exists(f"{FITS}/{METADATA}"):
             write_document(self._objects, FITS, group_document())
-        self._objects.sync_names()
-        fit = {**attributes, "n_samples": int(sample_index.size), "objects": digest(table)}
+        self._objects.sync_names(*self._folders(), *(folder for folder in self._at_group(documents)))
+        fit = {
+            **attributes,
+            "version": self._version,
+            "n_samples": self._shape.n_samples,
+            "updatable": self._shape.updatable,
+            "objects": digest(table),
+        }
         group = group_document({FIT_ATTRIBUTE: {"fit": fit, ALGORITHM: digest(canonical_json(fit))}})
         key = f"{FITS}/{self.name}/{METADATA}"
-        self._objects.create_atomically(key, encoded(group, key))
-        self._committed = True
+        if self._previous is None:
+            self._objects.create_atomically(key, encoded(group, key))
+        else:
+            self._objects.replace(key, encoded(group, key))
+            self._objects.sync_names()
 
-    def _array(self, array: str) -> str:
-        return f"{FITS}/{self.name}/{array}"
+    def _require_current(self) -> None:
+        """Raise `PathExistsError` unless the fit is still what the caller knows of it."""
+        if self._previous is None:
+            if self._objects.exists(f"{FITS}/{self.name}/{METADATA}"):
+                raise PathExistsError(f"{self._objects.root}: fit '{self.name}' exists; choose another name")
+        elif _saved(self._objects, self.name)["version"] != self._previous.version:
+            raise PathExistsError(f"{self._objects.root}: fit '{self.name}' was updated meanwhile; open the run again")
+
+    def _folders(self) -> list[str]:
+        """Where the objects of the blocks go."""
+        rows = [f"correlations/c/{mode}" for mode in range(self._shape.n_modes)]
+        plain = [f"{array}/c" for array in self._shape.results if array != "correlations"]
+        return [f"{self._group}/{folder}" for folder in plain + (rows if self._shape.updatable else [])]
+
+    def _at_group(self, documents: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {f"{self._group}/{array}": document for array, document in documents.items()}
+
+    def _prepare(self) -> None:
+        self._objects.ready_temporary()
+        for folder in self._folders():
+            self._objects.ready(f"{folder}/0")
 
     def _clear(self) -> None:
-        self._objects.delete_tree(f"{FITS}/{self.name}")
-        self._objects.clear_temporary()
+        """Remove all but the version that exists; helpers that are still at a block cannot write it any more.
+
+        The group says which one that is: a commit that raised may have come to its end all the same.
+        """
+        self._helpers.clear_temporary()
+        folder = f"{FITS}/{self.name}"
+        if not self._objects.exists(f"{folder}/{METADATA}"):
+            self._objects.delete_tree(folder)
+            return
+        exists = str(_saved(self._objects, self.name)["version"])
+        for name in self._objects.names(folder):
+            if name not in (METADATA, exists):
+                self._objects.delete_tree(f"{folder}/{name}")
 
 
 def fit_names(objects: LocalObjects) -> tuple[str, ...]:
@@ -168,34 +289,34 @@ def open_fit(objects: LocalObjects, name: str, layout: ParameterLayout) -> Store
     if name not in fit_names(objects):
         known = ", ".join(fit_names(objects)) or "none"
         raise UnknownNameError(f"{objects.root}: no fit '{name}'; the run has {known}")
-    key = f"{FITS}/{name}/{METADATA}"
     try:
-        saved = read_document(objects, key)["attributes"][FIT_ATTRIBUTE]
-        attributes: dict[str, Any] = saved["fit"]
-        if digest(canonical_json(attributes)) != saved[ALGORITHM]:
-            raise ValueError("its content does not match its hash")
+        attributes = _saved(objects, name)
         if attributes["layout"] != layout.digest:
             raise ValueError("it belongs to a run of another layout")
-        shapes = (len(attributes["epochs"]), len(attributes["modes"]), attributes["n_samples"])
-        documents = _documents(layout.n_weights, *shapes)
+        shape = FitShape(
+            n_weights=layout.n_weights,
+            n_epochs=len(attributes["epochs"]),
+            n_modes=len(attributes["modes"]),
+            n_samples=attributes["n_samples"],
+            updatable=attributes["updatable"],
+        )
+        if not all(isinstance(value, int) and value >= 0 for value in (*vars(shape).values(), attributes["version"])):
+            raise ValueError("its numbers are no numbers")
+        return StoredFit(objects, name, attributes, shape, shape.documents())
     except (KeyError, TypeError, ValueError) as error:
+        key = f"{FITS}/{name}/{METADATA}"
         raise DamagedRunError(f"{objects.root}: {key} describes no fit ({error}); fit again by another name") from error
-    return StoredFit(objects, name, attributes, documents)
 
 
-def _documents(n_weights: int, n_epochs: int, n_modes: int, n_samples: int) -> dict[str, dict[str, Any]]:
-    """Array -> ``zarr.json``. The numbers decide all of it, so what is read does not depend on what is stored."""
-    chunk = result_rule(n_weights).chunk
-    documents = {array: array_document(dtype, (n_weights,), (chunk,), ("weight",)) for array, dtype in RESULTS.items()}
-    for array, dtype, shape, dimensions in (
-        ("reference", "float32", (n_epochs, n_modes), ("epoch", "m")),
-        ("reference_index", "int64", (n_modes,), ("m",)),
-        ("sample_index", "int64", (n_samples,), ("sample",)),
-    ):
-        documents[array] = array_document(dtype, shape, shape, dimensions)
-    return documents
+def _saved(objects: LocalObjects, name: str) -> dict[str, Any]:
+    """The attributes of a fit as they are stored now; raises `ValueError` and the like where they are none."""
+    saved = read_document(objects, f"{FITS}/{name}/{METADATA}")["attributes"][FIT_ATTRIBUTE]
+    attributes: dict[str, Any] = saved["fit"]
+    if digest(canonical_json(attributes)) != saved[ALGORITHM]:
+        raise ValueError("its content does not match its hash")
+    return attributes
 
 
-def _objects_key(name: str) -> str:
+def _objects_key(group: str) -> str:
     """Under an array, where Zarr lists nothing."""
-    return f"{FITS}/{name}/mode/objects.json"
+    return f"{group}/mode/objects.json"

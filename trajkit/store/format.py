@@ -13,7 +13,7 @@ node                  dtype      dimensions          content
 ``probe``             float32    (epoch, probe_weight) the values of the probe weights once more
 ``probe_index``       int64      (probe_weight)      their indices in the flat vector, rising
 ``buffers/<dtype>``   <dtype>    (epoch, <dtype>)    the buffers of one stored dtype, exactly
-``fits/<name>``                  group               one saved decomposition, see `trajkit.store.fits`
+``fits/<name>``                  group               a saved decomposition, see `trajkit.store.fits`
 ``evaluations/<n>``              group               one evaluation; attribute ``trajkit_evaluation``
 ====================  =========  ==================  ==============================================================
 
@@ -111,9 +111,14 @@ def chunk_rule(n: int) -> Chunking:
 
 
 def result_rule(n: int) -> Chunking:
-    """How the per-weight results of a fit are cut: as the weights, without shards, so that blocks write alone."""
+    """How the per-weight results of a fit are cut: whole chunks of the weights, unsharded, so that blocks write alone.
+
+    Up to 8 chunks together where there remain 32 objects: many small files take longer to write than few.
+    """
     chunk = chunk_rule(n).chunk
-    return Chunking(n, chunk, chunk)
+    n_chunks = -(-n // chunk)
+    together = chunk * max(1, min(n_chunks // 32, 8))
+    return Chunking(n, together, together)
 
 
 def array_document(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import platform
+import time
 import weakref
 from pathlib import Path
 
@@ -24,7 +26,7 @@ class WriterLock:
     def __init__(self, path: Path, what: str) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except OSError as error:
             holder = os.pread(descriptor, 1000, 0)
             os.close(descriptor)
@@ -40,6 +42,33 @@ class WriterLock:
     def held(self) -> bool:
         """Whether this object still holds the lock: not after `release`, and not in a forked child."""
         return self.release.alive
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a writer holds the lock; looking, too, takes it for an instant."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Take the lock at once, or after the instant for which `is_locked` may hold it."""
+    for _ in range(3):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.01)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _described(holder: bytes) -> str:

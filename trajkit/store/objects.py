@@ -7,8 +7,10 @@ import errno
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from ..digest import digest_of_file
 from ..errors import DamagedRunError
@@ -18,6 +20,9 @@ Bytes = bytes | memoryview
 
 # Some file systems (exFAT, a few network mounts) have no hard links; there the writer's lock alone is the fence.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+# The disk takes several together.
+SYNCS_AT_A_TIME = 8
 
 
 class LocalObjects:
@@ -31,9 +36,14 @@ class LocalObjects:
     def __init__(self, root: Path, fsync: bool = True, owner: str | None = None) -> None:
         self.root = Path(os.path.abspath(root))  # a training may change its directory
         self.fsync = fsync
-        self._temporary_folder = f"{TEMPORARY}/{owner or uuid.uuid4().hex}"
+        owner = owner or uuid.uuid4().hex
+        self._temporary_folder = f"{TEMPORARY}/{owner}"
+        self._owner = owner
         self._unsynced: set[Path] = set()
         self._unsynced_lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalObjects, (self.root, self.fsync, self._owner)
 
     def path(self, key: str) -> Path:
         """The file that holds an object; raises `DamagedRunError` where a symbolic link is on the way."""
@@ -77,10 +87,10 @@ class LocalObjects:
             for name in files:
                 yield Path(folder, name).relative_to(self.root).as_posix()
 
-    def create(self, key: str, data: Bytes) -> None:
+    def create(self, key: str, *parts: Bytes) -> None:
         """Write a new object; raises `FileExistsError` rather than touch an old one."""
         target = self.ready(key)
-        self._write(target, data)
+        self._write(target, *parts)
         self._remember(target.parent)
 
     def create_atomically(self, key: str, data: Bytes) -> None:
@@ -106,6 +116,17 @@ class LocalObjects:
         os.replace(self._temporary(data), target)
         self._remember(target.parent)
 
+    def put(self, key: str, *parts: Bytes) -> None:
+        """As `replace`, into a folder that exists, and only until `clear_temporary`: `FileNotFoundError` after it.
+
+        So a helper that nobody waits for any more cannot write into what was cleared. It is on the disk after `sync`.
+        """
+        temporary = self.path(f"{self._temporary_folder}/{uuid.uuid4().hex}")
+        self._write(temporary, *parts, fsync=False)
+        target = self.path(key)
+        os.replace(temporary, target)
+        self._remember(target.parent)
+
     def delete(self, key: str) -> None:
         """Delete an object if it exists."""
         self.path(key).unlink(missing_ok=True)
@@ -118,9 +139,16 @@ class LocalObjects:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
 
+    def ready_temporary(self) -> None:
+        """Make the folder that `put` needs."""
+        self.path(self._temporary_folder).mkdir(parents=True, exist_ok=True)
+
     def clear_temporary(self) -> None:
-        """Delete what an earlier owner of the same name left half written."""
-        self.delete_tree(self._temporary_folder)
+        """Delete what an earlier owner of the same name left half written, and let no `put` of its come after."""
+        gone = f"{self._temporary_folder}-{uuid.uuid4().hex}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path(self._temporary_folder), self.path(gone))
+            self.delete_tree(gone)
 
     def ready(self, key: str) -> Path:
         """The file for an object to be written, with its folders made; their names are synced with the others."""
@@ -132,6 +160,12 @@ class LocalObjects:
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
+    def sync(self, keys: Iterable[str]) -> None:
+        """Bring objects that were `put` to the disk, several at a time."""
+        if self.fsync:
+            with ThreadPoolExecutor(SYNCS_AT_A_TIME) as pool:
+                list(pool.map(lambda key: _fsync(self.path(key)), keys))
+
     def sync_names(self, *also: str) -> None:
         """Bring the names of files created or replaced so far, and those under the prefixes `also`, to the disk."""
         with self._unsynced_lock:
@@ -141,11 +175,7 @@ class LocalObjects:
         for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
             if not os.access(folder, os.R_OK):  # cleared since, or above the root and not ours to open
                 continue
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _fsync(folder)
 
     def _remember(self, folder: Path) -> None:
         with self._unsynced_lock:
@@ -156,16 +186,25 @@ class LocalObjects:
         self._write(path, data)
         return path
 
-    def _write(self, path: Path, data: Bytes) -> None:
+    def _write(self, path: Path, *parts: Bytes, fsync: bool = True) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            if self.fsync:
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+            if self.fsync and fsync:
                 os.fsync(descriptor)
         except OSError as error:
             error.filename = str(path)
             raise
         finally:
             os.close(descriptor)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

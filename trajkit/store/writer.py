@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import uuid
@@ -36,7 +37,7 @@ from .format import (
     group_document,
     saves_enough,
 )
-from .lock import WriterLock
+from .lock import WriterLock, is_locked
 from .objects import LocalObjects
 from .root import layout_of_root, read_document, root_document, with_arrays, write_document
 
@@ -243,6 +244,11 @@ def _require_vectors(layout: ParameterLayout, values: EpochValues, where: str) -
                 f"{where}: {what} is {found.get(name, 'missing')}, the layout asks for {expected.get(name, 'none')};"
                 " pass the vectors that the layout places"
             )
+
+
+def is_being_written(root: str | os.PathLike[str]) -> bool:
+    """Whether a writer holds the archive in directory `root`."""
+    return is_locked(LocalObjects(Path(root)).path(f"{LOCKS}/writer"))
 
 
 def open_writer(root: Path, fsync: bool = True) -> ArchiveWriter:

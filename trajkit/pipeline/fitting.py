@@ -1,0 +1,215 @@
+"""Out-of-core fit: clusters from the probe, then one pass over the archive, block by block."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..blocks import BlockPlan, BlockWork, plan_blocks
+from ..decomposition import Decomposition
+from ..device import open_device
+from ..errors import InputError, PathExistsError, RunLockedError
+from ..kernels.affine import References
+from ..kernels.clustering import Cut, DistanceCut, checked_cut, clustering_bytes
+from ..kernels.sampling import Sampling
+from ..run import PathLike, Run, open_run
+from ..store.fits import FitShape, FitWriter
+from ..store.format import WEIGHTS, result_rule
+from .sampling import SampleChoice, choose
+from .scheduling import Scheduler, bytes_of, scheduler_of
+from .tasks import BlockSummary, FitBlock
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Progress = Callable[[int, int], None]
+
+
+def fit(
+    run: Run | PathLike,
+    modes: Cut = 10,
+    samples: int = 1000,
+    sampling: Sampling = "balanced",
+    seed: int = 0,
+    epochs: Iterable[int] | None = None,
+    sample_index: ArrayLike | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+    *,
+    updatable: bool = False,
+    memory: int | str | None = None,
+    scheduler: Client | str | None = None,
+    device: str = "cpu",
+) -> Decomposition:
+    """Fit CMD to a run and save the fit inside it (Brokman et al. 2024, section 3.1).
+
+    run: a `Run`, or the path of one.
+    modes: M, or a `DistanceCut` of the cluster tree. Fewer modes are fitted where the sample has fewer clusters.
+    samples: K, how many weights the clusters are found on; all of them if the model has fewer.
+    sampling: ``"balanced"`` (half spread equally over tensors, half by their size), ``"uniform"``, or ``"variance"``
+        (probability ∝ exp(standard deviation over time), among the probe). Samples come from the run's probe where
+        that holds enough of each tensor, so that they cost no pass over the archive; from all weights otherwise.
+    seed: of the sampling.
+    epochs: labels of the recorded epochs to fit, all by default.
+    sample_index: (K,) indices of the weights to use as the sample; `samples`, `sampling` and `seed` do not apply then.
+    name: of the fit in the run; ``modes10`` or the like by default, numbered where that exists.
+    progress: called with the number of weights done and N.
+    updatable: keep 4·M + 8 bytes a weight more, so that `update` need not read the old epochs.
+    memory: bytes, or a text such as ``"2GiB"``, that the work may use beyond what the process has in use; a quarter of
+        what is free by default. On a cluster, of each worker.
+    scheduler: ``"threads"`` (as many as cores, or dask's setting ``num_workers``), ``"synchronous"`` (a single one),
+        the address of a Dask cluster, or a `distributed.Client`; by default the client that is active, threads without
+        one. All give the same bits.
+    device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, which agrees with ``"cpu"`` to rounding in float64.
+
+    Raises `InputError` for settings that cannot be met or weights that are not finite, `PathExistsError` where a fit of
+    that name exists, `DamagedRunError` where the archive is damaged, `MemoryBudgetError` where the budget does not do,
+    `ClusterError` for a cluster that cannot be reached. A fit that is interrupted leaves nothing behind.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    modes = checked_cut(modes, "modes")
+    rows = run.rows_of(epochs)
+    if rows.size < 2:
+        raise InputError(f"{run.path}: {rows.size} epochs to fit, a correlation needs at least 2; record or name more")
+    choice = SampleChoice(samples, sampling, seed, sample_index)
+    settings = {"modes": vars(modes) if isinstance(modes, DistanceCut) else modes, **choice.settings}
+    with scheduler_of(scheduler) as chosen_scheduler:
+        resources = Resources(chosen_scheduler, bytes_of(memory), device)
+        most_modes = min(choice.count(run), modes if isinstance(modes, int) else 1)
+        resources.plan(run, FitShape(run.layout.n_weights, rows.size, most_modes, choice.count(run), updatable))
+        with _hashing_ahead(run, rows) if chosen_scheduler.shares_memory else contextlib.nullcontext():
+            sample = choice.draw(run, rows)
+            reference_index, reference = choose(run, rows, sample, modes)
+        shape = FitShape(run.layout.n_weights, rows.size, reference_index.size, sample.size, updatable)
+        plan = resources.plan(run, shape)
+        with _writer_for(run, modes, name, shape) as writer:
+            task = FitBlock(run, rows, References(reference), writer.blocks, plan, device)
+            save(run, writer, task, resources.scheduler, progress, Fitted(rows, reference_index, sample, settings))
+    return run.fit(writer.name)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a fit may use."""
+
+    scheduler: Scheduler
+    memory_bytes: int | None
+    device: str
+
+    def plan(self, run: Run, shape: FitShape, further_epochs: int | None = None) -> BlockPlan:
+        """How the blocks are read; raises `MemoryBudgetError`. An update reads `further_epochs` alone."""
+        n = shape.n_weights
+        work = BlockWork(
+            n_epochs=shape.n_epochs if further_epochs is None else further_epochs,
+            n_modes=shape.n_modes,
+            n_weights=n,
+            block=result_rule(n).chunk,
+            whole_blocks=run.archive.reading != "raw",
+            every=shape.updatable,
+            clustering_bytes=clustering_bytes(shape.n_samples) if further_epochs is None else 0,
+            buffers=open_device(self.device).buffers,
+        )
+        limit = self.scheduler.memory_bytes
+        budget = self.memory_bytes or (limit and limit // 2)
+        return plan_blocks(work, min(self.scheduler.workers, len(result_rule(n).objects())), budget)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit is of: the rows of its epochs, its references and the sample they are from, and its settings."""
+
+    rows: NDArray[np.int64]
+    reference_index: NDArray[np.int64]
+    sample_index: NDArray[np.int64]
+    settings: dict[str, Any]
+
+
+def save(
+    run: Run,
+    writer: FitWriter,
+    task: Any,
+    scheduler: Scheduler,
+    progress: Progress | None,
+    fitted: Fitted,
+) -> None:
+    """Do all blocks by a task and commit what they give."""
+    n = run.layout.n_weights
+    done = 0
+
+    def report(summary: BlockSummary) -> None:
+        nonlocal done
+        done += int(summary.modes[:, 0].sum())
+        if progress is not None:
+            progress(done, n)
+
+    summaries = scheduler.map(task, result_rule(n).objects(), report)
+    attributes = {
+        "trajkit": version("trajkit"),
+        "fitted_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": fitted.settings,
+        "epochs": run.epochs[fitted.rows].tolist(),
+        "layout": run.layout.digest,
+        **_quality(run, summaries, fitted.reference_index.size),
+    }
+    stored = {key: item for summary in summaries for key, item in summary.stored.items()}
+    reference = task.references.trajectories
+    writer.commit(stored, reference, fitted.reference_index, fitted.sample_index, attributes)
+
+
+def _quality(run: Run, summaries: Sequence[BlockSummary], n_modes: int) -> dict[str, Any]:
+    tensors = np.zeros((len(run.layout.weights), 3))
+    modes = np.zeros((n_modes, 3))
+    for summary in summaries:
+        modes += summary.modes
+        for tensor, totals in summary.tensors.items():
+            tensors[tensor] += totals
+
+    def plain(row: NDArray[np.float64]) -> list[float]:
+        return [int(row[0]), float(row[1]), float(row[2])]
+
+    names = [entry.name for entry in run.layout.weights]
+    return {
+        "tensors": {name: plain(row) for name, row in zip(names, tensors, strict=True)},
+        "modes": [plain(row) for row in modes],
+    }
+
+
+@contextlib.contextmanager
+def _hashing_ahead(run: Run, rows: NDArray[np.int64]) -> Iterator[None]:
+    """Meanwhile, let another thread hash what the first block will read."""
+    enough = threading.Event()
+
+    def hash_rows() -> None:
+        for row in rows:
+            if not enough.is_set():
+                with contextlib.suppress(OSError):  # the block will meet it again
+                    run.archive.check(WEIGHTS, np.array([row]), (0, 1))
+
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(hash_rows)
+        try:
+            yield
+        finally:
+            enough.set()
+
+
+def _writer_for(run: Run, modes: Cut, name: str | None, shape: FitShape) -> FitWriter:
+    """The writer of the fit by its name, or by the first default name that is free and that nobody else is writing."""
+    objects = run.archive.objects
+    if name is not None:
+        return FitWriter(objects, name, shape)
+    base = f"cut{modes.divisor:g}".replace("+", "") if isinstance(modes, DistanceCut) else f"modes{modes}"
+    for number in itertools.count(1):
+        with contextlib.suppress(PathExistsError, RunLockedError):
+            return FitWriter(objects, base if number == 1 else f"{base}-{number}", shape)
+    raise AssertionError("count() does not end")

@@ -1,0 +1,103 @@
+"""Fits of runs that grow: a fit takes the epochs recorded since, without reading the old ones again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..decomposition import Decomposition
+from ..errors import InputError, RunNotFoundError
+from ..kernels.affine import References
+from ..run import PathLike, Run, open_run
+from ..store.fits import FitShape, FitWriter
+from ..store.writer import is_being_written
+from .fitting import Fitted, Progress, Resources, fit, save
+from .sampling import require_finite
+from .scheduling import bytes_of, scheduler_of
+from .tasks import ExtendBlock, FitBlock
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+def update(
+    run: Run | PathLike,
+    name: str,
+    progress: Progress | None = None,
+    *,
+    memory: int | str | None = None,
+    scheduler: Client | str | None = None,
+) -> Decomposition:
+    """Take the epochs recorded since into a saved fit; the references stay, modes and all else may change.
+
+    The result is that of a fit of all these epochs with the same references, to rounding. A fit that was made with
+    `updatable` reads the new epochs alone; another one reads all epochs this once, and the new ones from then on.
+
+    run: a `Run`, or the path of one; a `Run` has the epochs that it had when it was opened.
+    progress, memory, scheduler: as for `fit`.
+
+    The fit is replaced as a whole. Raises as `fit` does, and `UnknownNameError` where the run has no such fit.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    previous = run.fit(name)
+    fitted_rows = run.rows_of(previous.epochs)
+    further = np.flatnonzero(run.epochs > previous.epochs[-1])
+    if further.size == 0:
+        return previous
+    new_reference = run.columns(previous.reference_index, further)
+    require_finite(run, previous.reference_index, np.isfinite(new_reference))
+    references = References(np.concatenate([previous.reference, new_reference]))
+    rows = np.concatenate([fitted_rows, further])
+    before = previous.stored.shape
+    shape = FitShape(before.n_weights, rows.size, before.n_modes, before.n_samples, updatable=True)
+    with scheduler_of(scheduler) as chosen:
+        resources = Resources(chosen, bytes_of(memory), "cpu")
+        plan = resources.plan(run, shape, further.size if before.updatable else rows.size)
+        with FitWriter(run.archive.objects, name, shape, previous.stored) as writer:
+            task: ExtendBlock | FitBlock
+            if before.updatable:
+                old = References(previous.reference)
+                task = ExtendBlock(run, further, references, writer.blocks, plan, previous.stored, old)
+            else:
+                task = FitBlock(run, rows, references, writer.blocks, plan, resources.device)
+            fitted = Fitted(rows, previous.reference_index, previous.sample_index, dict(previous.settings))
+            save(run, writer, task, chosen, progress, fitted)
+    return run.fit(name)
+
+
+def follow(
+    path: PathLike, name: str | None = None, warmup: int = 20, interval_s: float = 5.0, **settings: Any
+) -> Iterator[Decomposition]:
+    """Fit a run while a training records it: once after `warmup` epochs, then `update` whenever there are more.
+
+    Yields each fit, the last one when nobody records any more. A fit `name` that the run has already is updated.
+
+    interval_s: seconds between two looks at the run.
+    settings: of `fit`.
+    """
+    if interval_s <= 0 or warmup < 2:
+        raise InputError(
+            f"warmup is {warmup}, interval_s {interval_s}, expected at least 2 and more than 0; correct it"
+        )
+    resources = {key: settings[key] for key in ("progress", "memory", "scheduler") if key in settings}
+    while True:
+        recording = is_being_written(path)  # asked first, so that no epoch comes between this and the look at the run
+        try:
+            run = open_run(path)
+        except RunNotFoundError:
+            if not recording:
+                raise
+        else:
+            if name is not None and name in run.fits:
+                if run.epochs[-1] > run.fit(name).epochs[-1]:
+                    yield update(run, name, **resources)
+            elif len(run.epochs) >= warmup or not recording:
+                fitted = fit(run, name=name, updatable=True, **settings)
+                name = fitted.name
+                yield fitted
+        if not recording:
+            return
+        time.sleep(interval_s)

@@ -1,0 +1,111 @@
+"""Step 1 of a fit: which weights to look at, and the references that their clusters give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from threadpoolctl import threadpool_limits
+
+from ..errors import InputError
+from ..kernels.clustering import Cut, choose_references, cluster
+from ..kernels.correlation import correlation_magnitude
+from ..kernels.sampling import (
+    SAMPLINGS,
+    Sampling,
+    balanced_counts,
+    candidates_suffice,
+    checked_sample,
+    draw,
+    draw_by_variance,
+    uniform_counts,
+)
+from ..run import Run
+from ..store.format import PROBE
+
+SMALL_SAMPLE = 1500
+"""One thread clusters so many in well under 0.1 s."""
+
+
+@dataclass(frozen=True)
+class SampleChoice:
+    """How the K weights are chosen that the clusters are found on; where `index` names them, nothing else applies."""
+
+    samples: int
+    sampling: Sampling
+    seed: int
+    index: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling not in SAMPLINGS:
+            raise InputError(f"sampling is {self.sampling!r}, expected one of {', '.join(SAMPLINGS)}; choose one")
+        for what, value, least in (("samples", self.samples, 1), ("seed", self.seed, 0)):
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+                raise InputError(f"{what} is {value!r}, expected an integer of at least {least}; choose one")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a fit keeps of it."""
+        if self.index is not None:
+            return {}
+        return {"samples": int(self.samples), "sampling": self.sampling, "seed": int(self.seed)}
+
+    def count(self, run: Run) -> int:
+        """K."""
+        return int(np.size(self.index)) if self.index is not None else min(int(self.samples), run.layout.n_weights)
+
+    def draw(self, run: Run, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(K,) rising indices, from the probe where it suffices."""
+        if self.index is not None:
+            return checked_sample(self.index, run.layout.n_weights)
+        rng = np.random.default_rng(self.seed)
+        if self.sampling == "variance":
+            return self._draw_by_variance(run, rows, rng)
+        bounds, probe = run.layout.weight_bounds, run.probe_index
+        sizes = np.diff(bounds)
+        counts = (
+            balanced_counts(sizes, self.samples)
+            if self.sampling == "balanced"
+            else uniform_counts(sizes, self.samples, rng)
+        )
+        return draw(counts, bounds, rng, probe if candidates_suffice(counts, bounds, probe) else None)
+
+    def _draw_by_variance(self, run: Run, rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        bounds, probe = run.layout.weight_bounds, run.probe_index
+        if self.samples > probe.size and probe.size < run.layout.n_weights:
+            raise InputError(
+                f"samples is {self.samples}, variance sampling chooses among the run's {probe.size} probe weights;"
+                " ask for fewer or use balanced sampling"
+            )
+        values = run.archive.read(PROBE, rows, (0, probe.size))
+        require_finite(run, probe, np.isfinite(values))
+        spread = values.std(axis=0, dtype=np.float64)
+        layer = np.searchsorted(bounds, probe, side="right") - 1
+        represents = (np.diff(bounds) / np.maximum(np.bincount(layer, minlength=bounds.size - 1), 1))[layer]
+        return draw_by_variance(spread, self.samples, probe, rng, represents)
+
+
+def choose(
+    run: Run, rows: NDArray[np.int64], sample: NDArray[np.int64], cut: Cut
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The M references of the clusters of a sample (K,): their indices (M,), and their trajectories (E, M)."""
+    trajectories = run.columns(sample, rows)
+    require_finite(run, sample, np.isfinite(trajectories))
+    # Threads of BLAS spin on for a while after their work, beside those that then fit the blocks.
+    with threadpool_limits(1 if sample.size <= SMALL_SAMPLE else None, user_api="blas"):
+        magnitude = correlation_magnitude(trajectories)
+        chosen = choose_references(magnitude, cluster(magnitude, cut))
+    return sample[chosen], trajectories[:, chosen]
+
+
+def require_finite(run: Run, index: NDArray[np.int64], finite: NDArray[np.bool_]) -> None:
+    """Raise `InputError` naming the first weight of `index` (k,) that is not finite in `finite` (e, k)."""
+    if finite.all():
+        return
+    name = run.layout.weight_at(int(index[np.argmin(finite.all(axis=0))]))
+    raise InputError(
+        f"{run.path}: '{name}' is not finite at some of the epochs to fit, expected finite weights;"
+        " leave those epochs out with epochs="
+    )

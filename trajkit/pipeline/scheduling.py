@@ -1,0 +1,196 @@
+"""Where tasks run: on threads of this process, or on the workers of a Dask cluster. The only dask."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from dask import config as dask_config
+from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
+from threadpoolctl import threadpool_limits
+
+from ..errors import ClusterError, InputError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Function = Callable[[Item], Result]
+
+LOCAL = ("threads", "synchronous")
+TIMEOUT_S = 30
+GROUPS_PER_THREAD = 4
+
+logger = logging.getLogger("trajkit")
+
+
+class Scheduler(Protocol):
+    """Calls a function for each of some items; gives the results in order, and each of them to `done` as it comes."""
+
+    @property
+    def workers(self) -> int:
+        """How many calls share the memory of a process."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory that such a process may use, None where nothing limits it but the machine."""
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the calls are made in this process."""
+
+    def map(self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]) -> list[Any]:
+        """Call the function; what it raises passes through."""
+
+
+@contextmanager
+def scheduler_of(choice: Client | str | None) -> Iterator[Scheduler]:
+    """The scheduler that a user means by ``threads``, ``synchronous`` (a single one), an address or a client.
+
+    None is the client that is active in this process, and threads where there is none. Raises `InputError` for
+    something else and `ClusterError` where there is no cluster at the address, or it has no workers.
+    """
+    if choice is None:
+        choice = _active_client() or "threads"
+    if not isinstance(choice, str):
+        if not hasattr(choice, "get_executor"):
+            raise InputError(f"scheduler is {choice!r}, expected {_EXPECTED}; pass one of these")
+        yield _cluster(choice)
+    elif choice in LOCAL:
+        yield ThreadScheduler(1 if choice == "synchronous" else _num_workers())
+    elif "://" in choice or choice.rpartition(":")[2].isdigit():
+        from distributed import Client  # takes longer to import than many a fit
+
+        try:
+            client = Client(choice, timeout=TIMEOUT_S, set_as_default=False)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise ClusterError(f"scheduler {choice}: cannot be reached ({error}); start it or correct it") from error
+        with client:
+            yield _cluster(client)
+    else:
+        raise InputError(f"scheduler is {choice!r}, expected {_EXPECTED}; pass one of these")
+
+
+_EXPECTED = "'threads', 'synchronous', an address such as tcp://host:8786 or a distributed.Client"
+
+
+def bytes_of(memory: int | str | None) -> int | None:
+    """A memory budget as users write it, ``2GiB`` or a number of bytes; raises `InputError` for what is none."""
+    if memory is None:
+        return None
+    try:
+        n_bytes = parse_bytes(memory)
+    except (ValueError, TypeError, AttributeError):
+        n_bytes = 0
+    if isinstance(memory, bool) or n_bytes <= 0 or not str(memory).strip():
+        raise InputError(f"memory is {memory!r}, expected bytes or a text such as '2GiB'; correct it")
+    return int(n_bytes)
+
+
+@dataclass(frozen=True)
+class ThreadScheduler:
+    """Threads of this process."""
+
+    workers: int
+    memory_bytes: int | None = None
+    shares_memory = True
+
+    def map(self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]) -> list[Any]:
+        """See `Scheduler`. Leaving it, on Ctrl-C too, waits for the tasks under way: they would write on otherwise."""
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                for future in as_completed(futures):
+                    done(future.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+            return [future.result() for future in futures]
+
+
+@dataclass(frozen=True)
+class ClusterScheduler:
+    """The workers of a Dask cluster. Neighbouring items go together: they need the same objects of the archive."""
+
+    client: Client
+    workers: int
+    threads: int
+    memory_bytes: int | None
+    shares_memory = False
+
+    def map(self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]) -> list[Any]:
+        """See `Scheduler`; a task whose worker dies is given to another one."""
+        import distributed
+
+        size = max(1, len(items) // (GROUPS_PER_THREAD * self.threads))
+        groups = [items[start : start + size] for start in range(0, len(items), size)]
+        futures = self.client.map(_Group(function), groups, pure=False)
+        try:
+            for future in distributed.as_completed(futures, loop=self.client.loop):
+                for result in future.result():
+                    done(result)
+            return [result for future in futures for result in future.result()]
+        except distributed.KilledWorker as error:
+            raise ClusterError(
+                f"the workers died at a task, perhaps for want of memory; give less --memory ({error})"
+            ) from error
+        finally:
+            self.client.cancel(futures)
+
+
+class _Group:
+    """Calls a function for several items. It stays packed until a worker unpacks it: the scheduler has no archive."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.packed = pickle.dumps(function)
+
+    def __call__(self, items: Sequence[Any]) -> list[Any]:
+        with _unpacking:  # one at a time, so that the threads of a worker share what is opened
+            function = _unpacked(self.packed)
+        return [function(item) for item in items]
+
+
+@lru_cache(maxsize=4)
+def _unpacked(packed: bytes) -> Callable[[Any], Any]:
+    function: Callable[[Any], Any] = pickle.loads(packed)
+    return function
+
+
+_unpacking = threading.Lock()
+
+
+def _cluster(client: Client) -> ClusterScheduler:
+    try:
+        client.wait_for_workers(1, timeout=TIMEOUT_S)
+    except TimeoutError as error:
+        raise ClusterError(f"the cluster of {client}: has no workers; start some") from error
+    if client.dashboard_link:
+        logger.info("dashboard: %s", client.dashboard_link)
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+    threads = [worker["nthreads"] for worker in workers]
+    return ClusterScheduler(client, max(threads), sum(threads), min(limits, default=None))
+
+
+def _active_client() -> Client | None:
+    """The client that this process has made its default, as dask itself would use it."""
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return None
+    try:
+        return distributed.default_client()  # type: ignore[no-any-return]
+    except ValueError:
+        return None
+
+
+def _num_workers() -> int:
+    return int(dask_config.get("num_workers", None) or CPU_COUNT)

@@ -1,0 +1,145 @@
+"""What is done to one block of weights, in this process or on a worker of a cluster.
+
+A task carries paths, rows, a slice and the references. Where it arrives, the archive is opened once for all its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..blocks import BlockPlan
+from ..device import open_device
+from ..errors import InputError
+from ..kernels.affine import BlockFit, References
+from ..kernels.fused import add_quality
+from ..kernels.moments import extend
+from ..run import Run
+from ..scratch import scratch
+from ..store.fits import MOMENTS, RESULTS, FitShape, ResultBlocks, Stored, StoredFit
+from ..store.format import WEIGHTS
+from .sampling import require_finite
+
+Room = Callable[[slice], BlockFit]
+"""Arrays that take the fit of a piece."""
+
+ALIGNED = 64
+"""Bytes, a line of the cache."""
+
+
+@dataclass(frozen=True)
+class FitBlock:
+    """Fits a block to references over some rows of a run, and stores the results."""
+
+    run: Run
+    rows: NDArray[np.int64]
+    references: References
+    results: ResultBlocks
+    plan: BlockPlan
+    device: str
+
+    def __call__(self, block: slice) -> BlockSummary:
+        """Fit the weights of a block."""
+        return _stored(self, block)
+
+    def fits(self, pieces: list[slice], room: Room) -> Generator[tuple[slice, BlockFit]]:
+        """The fits of the pieces of a block, in the room for them."""
+        every = self.results.shape.updatable
+        return open_device(self.device).fit_pieces(self.read, pieces, self.references, every, room)
+
+    def read(self, piece: slice, out: NDArray[np.float32]) -> None:
+        """Read the trajectories of some weights into `out` (E, n)."""
+        self.run.archive.read(WEIGHTS, self.rows, (piece.start, piece.stop), out)
+
+
+@dataclass(frozen=True)
+class ExtendBlock:
+    """Takes further rows of a run into a block of a fit, and stores the results as the fit's next version."""
+
+    run: Run
+    rows: NDArray[np.int64]
+    """The further rows alone."""
+    references: References
+    """Over all epochs."""
+    results: ResultBlocks
+    plan: BlockPlan
+    fit: StoredFit
+    before: References
+    """Over the epochs of the fit."""
+
+    def __call__(self, block: slice) -> BlockSummary:
+        """Extend the fit of the weights of a block."""
+        return _stored(self, block)
+
+    def fits(self, pieces: list[slice], room: Room) -> Generator[tuple[slice, BlockFit]]:
+        """The fits of the pieces of a block, in the room for them."""
+        for piece in pieces:
+            old = BlockFit(**{name: self.fit.read(name, piece.start, piece.stop) for name in self.fit.shape.results})
+            further = self.run.archive.read(WEIGHTS, self.rows, (piece.start, piece.stop))
+            fitted = room(piece)
+            fitted.take(extend(old, self.before, further, self.references))
+            yield piece, fitted
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """What comes back from a block: the objects it stored and, per tensor and per mode, size and variations."""
+
+    stored: Stored
+    tensors: Mapping[int, NDArray[np.float64]]
+    modes: NDArray[np.float64]
+
+
+def _stored(task: FitBlock | ExtendBlock, block: slice) -> BlockSummary:
+    """Fit the pieces of a block, store the results and sum up how good they are."""
+    layout, shape = task.run.layout, task.results.shape
+    whole = _room_for(block.stop - block.start, shape)
+
+    def room(piece: slice) -> BlockFit:
+        return whole.part(slice(piece.start - block.start, piece.stop - block.start))
+
+    with closing(task.fits(task.plan.pieces(block), room)) as fits:  # a device may be at work for it
+        for piece, fitted in fits:
+            _require_fitted(task, piece, fitted)
+    stored = task.results.write(block.start, vars(whole))
+    modes = np.zeros((shape.n_modes, 3))
+    add_quality(whole.mode, whole.variation, whole.correlation, modes)
+    bounds = np.clip(layout.weight_bounds, block.start, block.stop) - block.start
+    inside = np.flatnonzero(np.diff(bounds))
+    tensors = np.zeros((inside.size, 3))
+    of_tensor = np.repeat(np.arange(inside.size), np.diff(bounds)[inside])
+    add_quality(of_tensor, whole.variation, whole.correlation, tensors)
+    return BlockSummary(stored, dict(zip(inside.tolist(), tensors, strict=True)), modes)
+
+
+def _room_for(n: int, shape: FitShape) -> BlockFit:
+    """Room for a block's fit, all in one piece of the thread's memory."""
+    rows = dict.fromkeys((*RESULTS, "variation"), 1) | ({"correlations": shape.n_modes} if shape.updatable else {})
+    dtypes = {name: np.dtype((RESULTS | MOMENTS)[name]) for name in rows}
+    ends = np.cumsum([-(-count * n * dtypes[name].itemsize // ALIGNED) * ALIGNED for name, count in rows.items()])
+    memory = np.split(scratch("fit", int(ends[-1]), np.uint8), ends[:-1])
+    arrays: dict[str, Any] = {
+        name: piece.view(dtypes[name])[: rows[name] * n] for name, piece in zip(rows, memory, strict=True)
+    }
+    if shape.updatable:
+        arrays["correlations"] = arrays["correlations"].reshape(shape.n_modes, n)
+    return BlockFit(**arrays)
+
+
+def _require_fitted(task: FitBlock | ExtendBlock, piece: slice, fitted: BlockFit) -> None:
+    """Raise `InputError` naming the first weight that is not finite, or whose scale is not."""
+    finite = np.isfinite(fitted.variation) & np.isfinite(fitted.scale)
+    if finite.all():
+        return
+    bad = piece.start + int(np.argmin(finite))
+    values = task.run.archive.read(WEIGHTS, task.rows, (bad, bad + 1))
+    require_finite(task.run, np.array([bad]), np.isfinite(values))
+    raise InputError(
+        f"{task.run.path}: '{task.run.layout.weight_at(bad)}' moves so far beyond its reference that float32"
+        " cannot hold its scale; name other weights with sample_index="
+    )
