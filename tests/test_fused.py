@@ -51,6 +51,16 @@ def test_tiny_and_huge_motions(scale: float) -> None:
     assert_same(fit_block_fused(block, references), fit_block(block, references), block)
 
 
+@pytest.mark.parametrize("jump", [1e2, 1e6])
+@pytest.mark.parametrize("at", [0, 1, 150])
+def test_a_jump_far_beyond_the_motion(jump: float, at: int) -> None:
+    """At the first epoch it is the origin of all sums."""
+    block = correlated(300, 400)
+    references = block[:, :5].copy()
+    block[at] += np.float32(jump)
+    assert_same(fit_block_fused(block, References(references)), fit_block(block, References(references)), block)
+
+
 def test_constants_and_what_is_not_finite() -> None:
     block = correlated(20, 300)
     block[:, 3], block[:, 7], block[4, 9], block[2, 11] = 0.1, 0.0, np.nan, np.inf
