@@ -41,7 +41,7 @@ def bare_read(run: trajkit.Run) -> None:
     """All trajectories through the reader of a fit, on two threads into memory that is used again."""
     n_epochs, n_weights = run.weights.shape
     rows = np.arange(n_epochs)
-    width = min(131072, (32 << 20) // (4 * n_epochs))
+    width = min(131072, (24 << 20) // (4 * n_epochs))
     pieces = [
         (start, min(start + width, block.stop))
         for block in result_rule(n_weights).objects()

@@ -13,10 +13,15 @@ from measure import alone, exponent
 
 WEIGHTS = (10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8, 2 * 10**8)
 EPOCHS = (20, 50, 100, 200)
+NO_WEIGHTS = 1000
+NO_EPOCHS = 2
 FEW_EPOCHS = 20
 SOME_WEIGHTS = 4 * 10**6
 SAMPLES = (1000, 3000, 10000)
 MEMORY = "1GiB"
+
+Measured = list[tuple[int, int, list[dict[str, Any]]]]
+"""Weights, epochs, and what each fit took."""
 
 FIT = """
 import shutil, trajkit
@@ -47,36 +52,33 @@ print(json.dumps(found | {"planned": clustering_bytes(k)}))
 
 
 def sizes(cache: Path) -> list[str]:
-    measured: list[tuple[int, int, list[dict[str, Any]]]] = []
-    for n_weights in WEIGHTS:
+    measured: Measured = []
+    for n_weights in (NO_WEIGHTS, *WEIGHTS):
         path = cache / f"scaling-{n_weights}"
         synthetic.record(path, n_weights, FEW_EPOCHS)
         os.sync()
         measured.append((n_weights, FEW_EPOCHS, _fits(path, FEW_EPOCHS, 5 if n_weights <= 10**7 else 3)))
         shutil.rmtree(path)
     by_weights = _table(measured)
-    grown = [(n, statistics.median(fit["seconds"] for fit in fits), fits) for n, _, fits in measured]
-    weights_time = exponent([n for n, *_ in grown], [seconds for _, seconds, _ in grown])
-    large = [(n, seconds) for n, seconds, _ in grown if n >= 10**7]
-    large_time = exponent([n for n, _ in large], [seconds for _, seconds in large])
-    weights_peak = exponent(
-        [n for n, *_ in grown], [statistics.median(fit["peak"] for fit in fits) for *_, fits in grown]
-    )
+    fixed, *seconds = _medians(measured, "seconds")
+    weights_time = exponent(WEIGHTS, [second - fixed for second in seconds])
+    weights_peak = exponent(WEIGHTS, _medians(measured, "peak")[1:])
     path = cache / "scaling-epochs"
     synthetic.record(path, SOME_WEIGHTS, max(EPOCHS))
     os.sync()
-    measured = [(SOME_WEIGHTS, n_epochs, _fits(path, n_epochs, 5)) for n_epochs in EPOCHS]
+    measured = [(SOME_WEIGHTS, n_epochs, _fits(path, n_epochs, 5)) for n_epochs in (NO_EPOCHS, *EPOCHS)]
     shutil.rmtree(path)
-    epochs_time = exponent(EPOCHS, [statistics.median(fit["seconds"] for fit in fits) for *_, fits in measured])
+    without, *seconds = _medians(measured, "seconds")
+    epochs_time = exponent([n - NO_EPOCHS for n in EPOCHS], [second - without for second in seconds])
     return [
         f"## Growth with weights and epochs: freshly opened runs, `--memory {MEMORY}`, each fit in its own process",
         "",
         *by_weights,
         *_table(measured)[2:],
         "",
-        f"- Time grows with N to the power {weights_time:.2f} ({large_time:.2f} from 1e7 on), with E to the power"
-        f" {epochs_time:.2f}; the peak of the process grows with N to the power {weights_peak:.3f}.",
-        "- Small fits are dominated by what does not grow: Step 1, the commit and its fsync.",
+        f"- Above a fit of {NO_WEIGHTS} weights, time grows with N to the power {weights_time:.2f}; above a fit of"
+        f" {NO_EPOCHS} epochs, which writes as many results, with E to the power {epochs_time:.2f}.",
+        f"- The peak of the process grows with N to the power {weights_peak:.3f}.",
     ]
 
 
@@ -85,7 +87,11 @@ def _fits(path: Path, n_epochs: int, n: int) -> list[dict[str, Any]]:
     return fits[1:]  # the first one brings the archive into the page cache
 
 
-def _table(measured: list[tuple[int, int, list[dict[str, Any]]]]) -> list[str]:
+def _medians(measured: Measured, what: str) -> list[float]:
+    return [statistics.median(fit[what] for fit in fits) for *_, fits in measured]
+
+
+def _table(measured: Measured) -> list[str]:
     lines = [
         "| weights | epochs | GB | n | median s | spread s | GB/s | peak MB | of these for the fit |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -95,7 +101,7 @@ def _table(measured: list[tuple[int, int, list[dict[str, Any]]]]) -> list[str]:
         gigabytes, median = 4e-9 * n_weights * n_epochs, statistics.median(seconds)
         peak, above = (max(fit[name] for fit in fits) / 1e6 for name in ("peak", "above"))
         lines.append(
-            f"| {n_weights:.0e} | {n_epochs} | {gigabytes:.2f} | {len(fits)} | {median:.2f} |"
+            f"| {n_weights:,} | {n_epochs} | {gigabytes:.2f} | {len(fits)} | {median:.2f} |"
             f" {min(seconds):.2f} to {max(seconds):.2f} | {gigabytes / median:.2f} | {peak:.0f} | {above:.0f} |"
         )
     return lines

@@ -22,7 +22,7 @@ from trajkit.errors import InputError, MemoryBudgetError, TrajkitError
 
 def work(**changes: Any) -> BlockWork:
     plain = {"n_epochs": 40, "n_modes": 10, "n_weights": 10_000_000, "block": 131_072}
-    return BlockWork(**plain | {"whole_blocks": False, "every": False, "clustering_bytes": 16_000_000} | changes)
+    return BlockWork(**plain | {"whole_blocks": False, "every": False, "step1_bytes": 16_000_000} | changes)
 
 
 @given(
@@ -66,6 +66,13 @@ def test_less_memory_first_reads_less_at_a_time_then_works_less_at_a_time() -> N
     assert plans[-1].workers == 1
 
 
+def test_workers_of_a_cluster_read_less_at_a_time_all_of_them() -> None:
+    budget = 60 << 20
+    assert plan_blocks(work(n_epochs=200), 4, budget).workers == 3
+    plan = plan_blocks(work(n_epochs=200), 4, budget, at_least_workers=4)
+    assert (plan.workers, plan.planned_bytes <= budget) == (4, True)
+
+
 def test_coded_chunks_are_read_whole_where_that_fits() -> None:
     assert plan_blocks(work(whole_blocks=True), 2, 1 << 30).width == 131_072
     assert plan_blocks(work(whole_blocks=True), 2, 30 << 20).width < 131_072
@@ -74,8 +81,8 @@ def test_coded_chunks_are_read_whole_where_that_fits() -> None:
 @pytest.mark.parametrize(
     ("changes", "budget", "message"),
     [
-        ({}, 1 << 20, r"the clusters of the samples need 15 MiB, the budget is 1 MiB; .*\(--memory\) or ask for fewer"),
-        ({"clustering_bytes": 0}, 1 << 20, r"a block of weights needs 8 MiB, the budget is 1 MiB; .* or fit fewer"),
+        ({}, 1 << 20, r"to cluster the samples takes 15 MiB, the budget is 1 MiB; .*\(--memory\) or ask for fewer"),
+        ({"step1_bytes": 0}, 1 << 20, r"to fit blocks of weights takes 8 MiB, the budget is 1 MiB; .* or fit fewer"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_numbers(changes: dict[str, Any], budget: int, message: str) -> None:

@@ -181,6 +181,39 @@ def test_every_help_has_an_example(command: str) -> None:
     assert f"Example:\n    trajkit {command}" in invoke(command, "--help").stdout
 
 
+@pytest.mark.parametrize("updatable", [["--updatable"], []])
+def test_a_fit_takes_the_epochs_recorded_since(updatable: list[str], digits_path: Path) -> None:
+    invoke("fit", digits_path, "--epochs", "0:30", "--name", "mine", "--samples", 200, *updatable, "-q")
+    updated = invoke_json("fit", digits_path, "--update", "mine")
+    assert (updated["fit"], updated["epochs"], updated["reading"]) == ("mine", list(range(40)), "raw")
+    assert "fit 'mine': 10 modes, 40 epochs" in invoke("fit", digits_path, "--update", "mine").stdout
+
+
+def test_a_run_that_nobody_records_is_followed_to_its_end(digits_path: Path) -> None:
+    followed = invoke("fit", digits_path, "--follow", "--name", "mine", "--samples", 200, "--modes", 4, "-q")
+    assert "fit 'mine': 4 modes, 40 epochs" in followed.stdout
+    assert invoke("fit", digits_path, "--follow", "--name", "mine", "-q").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--memory", "1MiB"], 1, "the budget is 1 MiB; give more memory (--memory)"),
+        (["--memory", "much"], 1, "memory is 'much', expected bytes or a text such as '2GiB'"),
+        (["--scheduler", "cluster"], 1, "scheduler is 'cluster', expected 'threads'"),
+        (["--device", "gpu"], 1, "device is 'gpu', expected 'cpu', 'cuda' or 'cuda:1'"),
+        (["--update", "none"], 1, "no fit 'none'"),
+        (["--update", "a", "--follow"], 2, "--update and --follow exclude each other"),
+        (["--update", "a", "--modes", "3"], 2, "--update keeps the settings of the fit; leave out --modes"),
+        (["--follow", "--interval", "0"], 1, "interval_s 0.0, expected at least 2 and more than 0"),
+    ],
+)
+def test_what_a_fit_cannot_do_is_one_clear_line(options: list[str], code: int, message: str, digits_path: Path) -> None:
+    result = invoke("fit", digits_path, "-q", *options, code=code)
+    assert message in result.stderr
+    assert open_run(digits_path).fits == ()
+
+
 def test_the_version_is_shown() -> None:
     assert "0.1.0" in invoke("--version").stdout
 

@@ -8,7 +8,7 @@ import psutil
 
 from .errors import MemoryBudgetError
 
-READ_BYTES = 32 << 20
+READ_BYTES = 24 << 20
 """Trajectories that a worker reads at a time: enough for the calls to cost little."""
 
 STEP = 1024
@@ -38,10 +38,10 @@ class BlockWork:
     """Whether reading part of a chunk costs as much as all of it: coded chunks."""
     every: bool
     """Whether the correlations with every reference are kept."""
-    clustering_bytes: int
+    step1_bytes: int
     """What Step 1 needs, before the blocks."""
     buffers: int = 1
-    """How many pieces a worker holds at a time."""
+    """How many times a worker holds, in float32, the piece that it is at."""
 
 
 @dataclass(frozen=True)
@@ -65,30 +65,30 @@ def free_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def plan_blocks(work: BlockWork, workers: int, budget_bytes: int | None = None) -> BlockPlan:
+def plan_blocks(work: BlockWork, workers: int, budget_bytes: int | None = None, at_least_workers: int = 1) -> BlockPlan:
     """The fastest plan that stays within the budget; a quarter of the free memory by default.
 
-    Raises `MemoryBudgetError`, naming what is needed and what is given, where one worker that reads as little as
-    possible at a time needs more.
+    Raises `MemoryBudgetError`, naming what is needed and what is given, where `at_least_workers` that read as little as
+    possible at a time need more.
     """
     budget = int(DEFAULT_SHARE * free_bytes()) if budget_bytes is None else int(budget_bytes)
     n = min(work.block, work.n_weights)
     best = n if work.whole_blocks else READ_BYTES // (4 * work.n_epochs)
     width = min(n, max(STEP, best // STEP * STEP))
     while True:
-        planned = max(work.clustering_bytes, workers * _worker_bytes(work, n, width))
+        planned = max(work.step1_bytes, workers * _worker_bytes(work, n, width))
         if planned <= budget:
             return BlockPlan(workers, width, planned, budget)
         if width > 8 * STEP:
             width = _halved(width)
-        elif workers > 1:
+        elif workers > at_least_workers:
             workers -= 1
         elif width > STEP:
             width = _halved(width)
         else:
             break
-    what = "the clusters of the samples need" if planned == work.clustering_bytes else "a block of weights needs"
-    cure = "ask for fewer samples" if planned == work.clustering_bytes else "fit fewer epochs"
+    what = "to cluster the samples takes" if planned == work.step1_bytes else "to fit blocks of weights takes"
+    cure = "ask for fewer samples" if planned == work.step1_bytes else "fit fewer epochs or with fewer workers"
     raise MemoryBudgetError(
         f"{what} {_mebibytes(planned)}, the budget is {_mebibytes(budget)}; give more memory (--memory) or {cure}"
     )

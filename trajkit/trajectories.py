@@ -70,13 +70,15 @@ class Trajectories:
         if isinstance(column_key, slice):
             start, stop, step = column_key.indices(self.shape[1])
             if step == 1:
-                out = self.archive.read(WEIGHTS, wanted, (start, max(start, stop)))
+                columns = (start, max(start, stop))
+                self.archive.check(WEIGHTS, wanted, columns)
+                out = self.archive.read(WEIGHTS, wanted, columns)
             else:
                 out = self.gather(wanted, np.arange(start, stop, step))
         else:
-            columns = self._columns(column_key)
-            out = self.gather(wanted, np.atleast_1d(columns))
-            out = out[:, 0] if columns.ndim == 0 else out
+            index = self._columns(column_key)
+            out = self.gather(wanted, np.atleast_1d(index))
+            out = out[:, 0] if index.ndim == 0 else out
         return out[0] if rows.ndim == 0 else out
 
     def gather(self, rows: NDArray[np.int64] | Any, index: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -57,8 +57,8 @@ def _fit(
     """Fill the fit of an (E, n) block to the unit references (M, E); (M, n) `correlations` where they have rows.
 
     One look at each value: sums of the motion since the first epoch, w - w₀, in float64. The unit references sum to
-    zero, so the products need no mean; and Σ(w - w₀)² is at most E + 1 times Σ(w - mean)², since w₀ is one of the values,
-    so the difference keeps 1e-16·E of its digits. Two modes and four epochs at a time, or loads and stores would take
+    zero, so the products need no mean; and Σ(w - w₀)² is at most E + 1 times Σ(w - mean)², w₀ being one of the values,
+    so that their difference is exact to 1e-16·E. Two modes and four epochs at a time, or loads and stores would take
     longer than the sums.
     """
     n_epochs, n = block.shape

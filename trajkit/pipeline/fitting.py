@@ -27,12 +27,15 @@ from ..store.fits import FitShape, FitWriter
 from ..store.format import WEIGHTS, result_rule
 from .sampling import SampleChoice, choose
 from .scheduling import Scheduler, bytes_of, scheduler_of
-from .tasks import BlockSummary, FitBlock
+from .tasks import BlockSummary, ExtendBlock, FitBlock
 
 if TYPE_CHECKING:
     from distributed import Client
 
 Progress = Callable[[int, int], None]
+
+SAMPLE_BYTES = 40
+"""Per sample and epoch: the recorded value, and those that the correlations are made of, in float64."""
 
 
 def fit(
@@ -66,7 +69,7 @@ def fit(
     progress: called with the number of weights done and N.
     updatable: keep 4·M + 8 bytes a weight more, so that `update` need not read the old epochs.
     memory: bytes, or a text such as ``"2GiB"``, that the work may use beyond what the process has in use; a quarter of
-        what is free by default. On a cluster, of each worker.
+        what is free by default. On a cluster, of each worker process; half of its limit by default.
     scheduler: ``"threads"`` (as many as cores, or dask's setting ``num_workers``), ``"synchronous"`` (a single one),
         the address of a Dask cluster, or a `distributed.Client`; by default the client that is active, threads without
         one. All give the same bits.
@@ -85,13 +88,14 @@ def fit(
     settings = {"modes": vars(modes) if isinstance(modes, DistanceCut) else modes, **choice.settings}
     with scheduler_of(scheduler) as chosen_scheduler:
         resources = Resources(chosen_scheduler, bytes_of(memory), device)
-        most_modes = min(choice.count(run), modes if isinstance(modes, int) else 1)
-        resources.plan(run, FitShape(run.layout.n_weights, rows.size, most_modes, choice.count(run), updatable))
+        n_samples = choice.count(run)
+        most_modes = min(n_samples, modes if isinstance(modes, int) else 1)
+        resources.plan_fit(run, FitShape(run.layout.n_weights, rows.size, most_modes, n_samples, updatable))
         with _hashing_ahead(run, rows) if chosen_scheduler.shares_memory else contextlib.nullcontext():
             sample = choice.draw(run, rows)
             reference_index, reference = choose(run, rows, sample, modes)
         shape = FitShape(run.layout.n_weights, rows.size, reference_index.size, sample.size, updatable)
-        plan = resources.plan(run, shape)
+        plan = resources.plan_fit(run, shape)
         with _writer_for(run, modes, name, shape) as writer:
             task = FitBlock(run, rows, References(reference), writer.blocks, plan, device)
             save(run, writer, task, resources.scheduler, progress, Fitted(rows, reference_index, sample, settings))
@@ -106,22 +110,29 @@ class Resources:
     memory_bytes: int | None
     device: str
 
-    def plan(self, run: Run, shape: FitShape, further_epochs: int | None = None) -> BlockPlan:
-        """How the blocks are read; raises `MemoryBudgetError`. An update reads `further_epochs` alone."""
+    def plan_fit(self, run: Run, shape: FitShape) -> BlockPlan:
+        """How the blocks of a fit are read; raises `MemoryBudgetError`."""
+        per_epoch = 4 * run.probe_index.size + SAMPLE_BYTES * shape.n_samples
+        step1 = clustering_bytes(shape.n_samples) + shape.n_epochs * per_epoch
+        return self.plan(run, shape, shape.n_epochs, open_device(self.device).buffers, step1)
+
+    def plan(self, run: Run, shape: FitShape, n_epochs: int, buffers: int, step1_bytes: int = 0) -> BlockPlan:
+        """How blocks are read of which so many epochs are wanted."""
         n = shape.n_weights
         work = BlockWork(
-            n_epochs=shape.n_epochs if further_epochs is None else further_epochs,
+            n_epochs=n_epochs,
             n_modes=shape.n_modes,
             n_weights=n,
             block=result_rule(n).chunk,
             whole_blocks=run.archive.reading != "raw",
             every=shape.updatable,
-            clustering_bytes=clustering_bytes(shape.n_samples) if further_epochs is None else 0,
-            buffers=open_device(self.device).buffers,
+            step1_bytes=step1_bytes,
+            buffers=buffers,
         )
         limit = self.scheduler.memory_bytes
         budget = self.memory_bytes or (limit and limit // 2)
-        return plan_blocks(work, min(self.scheduler.workers, len(result_rule(n).objects())), budget)
+        workers = min(self.scheduler.workers, len(result_rule(n).objects()))
+        return plan_blocks(work, workers, budget, at_least_workers=1 if self.scheduler.shares_memory else workers)
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ class Fitted:
 def save(
     run: Run,
     writer: FitWriter,
-    task: Any,
+    task: FitBlock | ExtendBlock,
     scheduler: Scheduler,
     progress: Progress | None,
     fitted: Fitted,
@@ -152,7 +163,7 @@ def save(
         if progress is not None:
             progress(done, n)
 
-    summaries = scheduler.map(task, result_rule(n).objects(), report)
+    summaries = scheduler.limited_to(task.plan.workers).map(task, result_rule(n).objects(), report)
     attributes = {
         "trajkit": version("trajkit"),
         "fitted_at": datetime.now(UTC).isoformat(timespec="seconds"),

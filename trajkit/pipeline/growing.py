@@ -22,6 +22,9 @@ from .tasks import ExtendBlock, FitBlock
 if TYPE_CHECKING:
     from distributed import Client
 
+EXTENDING_BUFFERS = 5
+"""The values that are read, and twice their motion in float64."""
+
 
 def update(
     run: Run | PathLike,
@@ -55,7 +58,10 @@ def update(
     shape = FitShape(before.n_weights, rows.size, before.n_modes, before.n_samples, updatable=True)
     with scheduler_of(scheduler) as chosen:
         resources = Resources(chosen, bytes_of(memory), "cpu")
-        plan = resources.plan(run, shape, further.size if before.updatable else rows.size)
+        if before.updatable:
+            plan = resources.plan(run, shape, further.size, EXTENDING_BUFFERS)
+        else:
+            plan = resources.plan(run, shape, rows.size, 1)
         with FitWriter(run.archive.objects, name, shape, previous.stored) as writer:
             task: ExtendBlock | FitBlock
             if before.updatable:

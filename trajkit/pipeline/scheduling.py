@@ -47,9 +47,14 @@ class Scheduler(Protocol):
 
     @property
     def shares_memory(self) -> bool:
-        """Whether the calls are made in this process."""
+        """Whether the calls are made in this process, as few at a time as one likes."""
 
-    def map(self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]) -> list[Any]:
+    def limited_to(self, workers: int) -> Scheduler:
+        """The same with fewer workers, or itself where it cannot do with fewer."""
+
+    def map(
+        self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]
+    ) -> list[Result]:
         """Call the function; what it raises passes through."""
 
 
@@ -105,7 +110,13 @@ class ThreadScheduler:
     memory_bytes: int | None = None
     shares_memory = True
 
-    def map(self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]) -> list[Any]:
+    def limited_to(self, workers: int) -> ThreadScheduler:
+        """See `Scheduler`."""
+        return ThreadScheduler(workers, self.memory_bytes)
+
+    def map(
+        self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]
+    ) -> list[Result]:
         """See `Scheduler`. Leaving it, on Ctrl-C too, waits for the tasks under way: they would write on otherwise."""
         with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(function, item) for item in items]
@@ -127,7 +138,13 @@ class ClusterScheduler:
     memory_bytes: int | None
     shares_memory = False
 
-    def map(self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]) -> list[Any]:
+    def limited_to(self, workers: int) -> ClusterScheduler:  # noqa: ARG002 (each worker has its threads)
+        """See `Scheduler`."""
+        return self
+
+    def map(
+        self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]
+    ) -> list[Result]:
         """See `Scheduler`; a task whose worker dies is given to another one."""
         import distributed
 

@@ -85,9 +85,9 @@ class Archive:
         return self._read(path, (wanted, slice(*columns)), out)
 
     def check(self, path: str, rows: NDArray[np.int64], columns: Columns) -> None:
-        """Hash what `read` would hash first; raises `DamagedRunError` as it does."""
+        """Hash what `read` would hash first, on all cores; raises `DamagedRunError` as it does."""
         with self._naming_the_place():
-            self._reader.require(keys_of(path, self.documents[path], (rows, slice(*columns))))
+            self._reader.require_together(keys_of(path, self.documents[path], (rows, slice(*columns))))
 
     def read_probe_index(self) -> NDArray[np.int64]:
         """(P,) indices of the probe weights."""

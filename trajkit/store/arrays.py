@@ -11,7 +11,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -121,6 +121,15 @@ class VerifiedReader:
             self._files, self._lock, self._process = {}, threading.Lock(), os.getpid()
         # Each thread checks what no other one has begun, and waits for the rest at the end.
         return [found.result() for found in [self._file_of(key) for key in keys]]
+
+    def require_together(self, keys: list[str]) -> None:
+        """As `require`, by as many threads as there are cores."""
+        unknown = [key for key in keys if key not in self._files]
+        threads = min(os.cpu_count() or 1, len(unknown))
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(self.require, [unknown] * threads))  # they share them out among themselves
+        self.require(keys)
 
     def _file_of(self, key: str) -> Future[str]:
         """The file of an object, checked by the first thread that asks for it."""

@@ -205,33 +205,17 @@ class FitWriter:
         attributes: Mapping[str, Any],
     ) -> None:
         """Write what is small, then the group: from here on the fit, or its new version, exists."""
-        documents = self._shape.documents()
-        values: dict[str, NDArray[Any]] = {
+        small: dict[str, NDArray[Any]] = {
             "reference": reference,
             "reference_index": reference_index,
             "sample_index": sample_index,
         }
-        small: dict[str, Parts] = {}
-        for array, whole in values.items():
-            small |= encode(f"{self._group}/{array}", documents[array], (slice(None),) * whole.ndim, whole)
-        stored = stored | {key: StoredObject.of(*parts) for key, parts in small.items()}
-        table = canonical_json({key: [item.length, item.hash] for key, item in stored.items()})
-        small[_objects_key(self._group)] = [table]
-        for path, document in {self._group: group_document(), **self._at_group(documents)}.items():
-            small[f"{path}/{METADATA}"] = [encoded(document, path)]
-        for key, parts in small.items():
-            self._objects.ready(key)
-            self._objects.put(key, *parts)
-        self._objects.sync(small.keys() | stored.keys())
-        if not self._objects.exists(f"{FITS}/{METADATA}"):
-            write_document(self._objects, FITS, group_document())
-        self._objects.sync_names(*self._folders(), *(folder for folder in self._at_group(documents)))
         fit = {
             **attributes,
             "version": self._version,
             "n_samples": self._shape.n_samples,
             "updatable": self._shape.updatable,
-            "objects": digest(table),
+            "objects": self._complete(stored, small),
         }
         group = group_document({FIT_ATTRIBUTE: {"fit": fit, ALGORITHM: digest(canonical_json(fit))}})
         key = f"{FITS}/{self.name}/{METADATA}"
@@ -240,6 +224,28 @@ class FitWriter:
         else:
             self._objects.replace(key, encoded(group, key))
             self._objects.sync_names()
+
+    def _complete(self, stored: Stored, small: Mapping[str, NDArray[Any]]) -> str:
+        """Bring all that the group will stand for to the disk; the hash of the table of its objects."""
+        documents = self._shape.documents()
+        written: dict[str, Parts] = {}
+        for array, values in small.items():
+            region = (slice(None),) * values.ndim
+            written |= encode(f"{self._group}/{array}", documents[array], region, values)
+        stored = stored | {key: StoredObject.of(*parts) for key, parts in written.items()}
+        table = canonical_json({key: [item.length, item.hash] for key, item in stored.items()})
+        written[_objects_key(self._group)] = [table]
+        groups = {f"{self._group}/{array}": document for array, document in documents.items()}
+        for path, document in {self._group: group_document(), **groups}.items():
+            written[f"{path}/{METADATA}"] = [encoded(document, path)]
+        for key, parts in written.items():
+            self._objects.ready(key)
+            self._objects.put(key, *parts)
+        self._objects.sync(written.keys() | stored.keys())
+        if not self._objects.exists(f"{FITS}/{METADATA}"):
+            write_document(self._objects, FITS, group_document())
+        self._objects.sync_names(*self._folders())  # helpers elsewhere have put objects there
+        return digest(table)
 
     def _require_current(self) -> None:
         """Raise `PathExistsError` unless the fit is still what the caller knows of it."""
@@ -254,9 +260,6 @@ class FitWriter:
         rows = [f"correlations/c/{mode}" for mode in range(self._shape.n_modes)]
         plain = [f"{array}/c" for array in self._shape.results if array != "correlations"]
         return [f"{self._group}/{folder}" for folder in plain + (rows if self._shape.updatable else [])]
-
-    def _at_group(self, documents: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return {f"{self._group}/{array}": document for array, document in documents.items()}
 
     def _prepare(self) -> None:
         self._objects.ready_temporary()

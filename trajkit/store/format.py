@@ -113,11 +113,11 @@ def chunk_rule(n: int) -> Chunking:
 def result_rule(n: int) -> Chunking:
     """How the per-weight results of a fit are cut: whole chunks of the weights, unsharded, so that blocks write alone.
 
-    Up to 8 chunks together where there remain 32 objects: many small files take longer to write than few.
+    Up to 4 chunks together where there remain 32 objects: many small files take longer to write than few.
     """
     chunk = chunk_rule(n).chunk
     n_chunks = -(-n // chunk)
-    together = chunk * max(1, min(n_chunks // 32, 8))
+    together = chunk * max(1, min(n_chunks // 32, 4))
     return Chunking(n, together, together)
 
 
