@@ -11,7 +11,7 @@ from typing import Any
 import synthetic
 from measure import alone, exponent
 
-WEIGHTS = (10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8, 2 * 10**8)
+WEIGHTS = (10**6, 10**7, 10**8, 2 * 10**8)
 EPOCHS = (20, 50, 100, 200)
 NO_WEIGHTS = 1000
 NO_EPOCHS = 2

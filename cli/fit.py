@@ -12,10 +12,10 @@ import click
 import trajkit
 
 from .options import epochs_option, json_option, quiet_option, run_argument
-from .output import Report, echo_json, echo_table, number, progress, talk
+from .output import echo_json, echo_table, number, progress, talk
 
 if TYPE_CHECKING:
-    from trajkit import Decomposition, Run
+    from trajkit import Decomposition
 
 CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs")
 
@@ -39,15 +39,24 @@ CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs")
 @click.option("--name", help="Of the fit in the run.  [default: modes10 or the like]")
 @click.option("--updatable", is_flag=True, help="Keep what --update needs to read new epochs only.")
 @click.option("--update", metavar="NAME", help="Take the epochs recorded since into a saved fit.")
-@click.option("--follow", is_flag=True, help="Fit while a training records RUN, until it ends.")
+@click.option(
+    "--follow", is_flag=True, help="Fit beside a training that records RUN, until it ends, by the name followed."
+)
 @click.option(
     "--warmup", type=click.IntRange(min=2), default=20, show_default=True, help="Epochs before --follow fits."
 )
 @click.option("--interval", type=float, default=5.0, show_default=True, help="Seconds between two looks of --follow.")
 @click.option(
-    "--memory", metavar="BYTES", help="What the work may use, such as 2GiB.  [default: a quarter of the free]"
+    "--memory",
+    metavar="BYTES",
+    help="What the work may use, such as 2GiB; on a cluster, each worker process.  [default: a quarter of what is free,"
+    " half of a worker's limit]",
 )
-@click.option("--scheduler", metavar="WHERE", help="tcp://host:8786 of a Dask cluster, or threads.  [default: threads]")
+@click.option(
+    "--scheduler",
+    metavar="WHERE",
+    help="tcp://host:8786 of a Dask cluster, threads or synchronous.  [default: threads]",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
 @quiet_option
 @json_option
@@ -72,46 +81,60 @@ def fit(
       trajkit fit data/digits --modes 10
       trajkit fit runs/mnist --update modes10
     """
-    _require_compatible(ctx, update, follow)
-    choices = _choices(options)
+    given = _given(ctx)
+    _require_compatible(given, update, follow)
     resources = {key: options[key] for key in ("memory", "scheduler")}
     if not quiet:
         talk(logging.getLogger("trajkit"))
     began = time.perf_counter()
     if follow:
-        choices |= resources | {"device": options["device"]}
-        for fitted in trajkit.follow(run, name, warmup, interval, **choices):
-            _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json)
+        wanted = given | ({"modes"} if "cut" in given else set())
+        settings = {key: value for key, value in _choices(options).items() if key in wanted}
+        for fitted in trajkit.follow(
+            run, name or "followed", warmup, interval, **settings, **resources, device=options["device"]
+        ):
+            _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json, indent=None)
             began = time.perf_counter()
         return
     opened = trajkit.open_run(run)
     with progress("fitting weights", quiet) as report:
         if update is not None:
+            last = int(opened.fit(update).epochs[-1])
             fitted = trajkit.update(opened, update, report, **resources)
         else:
-            fitted = _fitted(opened, name, report, choices | resources, options)
-    _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json)
+            fitted = trajkit.fit(
+                opened,
+                name=name,
+                progress=report,
+                updatable=options["updatable"],
+                device=options["device"],
+                **_choices(options),
+                **resources,
+            )
+    if update is not None and fitted.epochs[-1] == last and not as_json:
+        click.echo(f"fit '{update}': nothing was recorded since epoch {last}")
+    else:
+        _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json)
 
 
-def _fitted(run: Run, name: str | None, report: Report | None, choices: dict[str, Any], options: Any) -> Decomposition:
-    return trajkit.fit(
-        run, name=name, progress=report, updatable=options["updatable"], device=options["device"], **choices
-    )
+def _given(ctx: click.Context) -> set[str]:
+    """Names of the options on the command line."""
+    source = click.core.ParameterSource.COMMANDLINE
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is source}
 
 
-def _require_compatible(ctx: click.Context, update: str | None, follow: bool) -> None:
+def _require_compatible(given: set[str], update: str | None, follow: bool) -> None:
     """Raise a usage error for options that exclude each other."""
-    given = {
-        name
-        for name in (*CHOICES, "name", "updatable", "device")
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    }
     if {"modes", "cut"} <= given:
         raise click.UsageError("--modes and --cut exclude each other; give one")
     if update is not None and follow:
         raise click.UsageError("--update and --follow exclude each other; give one")
-    if update is not None and given:
-        raise click.UsageError(f"--update keeps the settings of the fit; leave out --{sorted(given)[0]}")
+    if not follow and given & {"warmup", "interval"}:
+        raise click.UsageError("--warmup and --interval are for --follow; leave them out")
+    if update is not None and (kept := given & {*CHOICES, "name", "updatable"}):
+        raise click.UsageError(f"--update keeps the settings of the fit; leave out --{min(kept)}")
+    if update is not None and "device" in given:
+        raise click.UsageError("--update works on the host; leave out --device")
 
 
 def _choices(options: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +145,9 @@ def _choices(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _echo(run: Path, fitted: Decomposition, modes: int | None, elapsed_s: float, as_json: bool) -> None:
+def _echo(
+    run: Path, fitted: Decomposition, modes: int | None, elapsed_s: float, as_json: bool, indent: int | None = 2
+) -> None:
     if as_json:
         echo_json(
             {
@@ -136,7 +161,8 @@ def _echo(run: Path, fitted: Decomposition, modes: int | None, elapsed_s: float,
                 "mode_sizes": [part.weights for part in fitted.quality_by_mode],
                 "reading": fitted.run.archive.reading,
                 "elapsed_s": elapsed_s,
-            }
+            },
+            indent,
         )
         return
     rows = [

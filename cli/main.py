@@ -24,6 +24,8 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except TrajkitError as error:
             raise click.ClickException(str(error)) from error
+        except BrokenPipeError:  # who reads has seen enough; click ends quietly
+            raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror or error}; nothing recorded is lost") from error

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Report = Callable[[int, int], None]
 
 
-def echo_json(document: Any) -> None:
-    """Print a document as standard JSON; numbers that are not finite become strings."""
-    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+def echo_json(document: Any, indent: int | None = 2) -> None:
+    """Print a document as standard JSON, on one line without `indent`; numbers that are not finite become strings."""
+    click.echo(json.dumps(_finite(document), indent=indent, allow_nan=False))
 
 
 def echo_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:

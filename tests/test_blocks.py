@@ -67,8 +67,8 @@ def test_less_memory_first_reads_less_at_a_time_then_works_less_at_a_time() -> N
 
 
 def test_workers_of_a_cluster_read_less_at_a_time_all_of_them() -> None:
-    budget = 60 << 20
-    assert plan_blocks(work(n_epochs=200), 4, budget).workers == 3
+    budget = 40 << 20
+    assert plan_blocks(work(n_epochs=200), 4, budget).workers == 2
     plan = plan_blocks(work(n_epochs=200), 4, budget, at_least_workers=4)
     assert (plan.workers, plan.planned_bytes <= budget) == (4, True)
 
@@ -99,7 +99,7 @@ def test_a_fit_is_refused_before_any_work(digits_run: Run) -> None:
     assert sorted(digits_run.path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("memory", ["lots", "", 0, -5, "-2GiB", True, [1]])
+@pytest.mark.parametrize("memory", ["lots", "", 0, -5, "-2GiB", True, [1], float("inf"), "1e400"])
 def test_what_is_no_budget_is_refused(memory: Any, digits_run: Run) -> None:
     with pytest.raises(InputError, match=r"memory is .*, expected bytes or a text such as '2GiB'; correct it"):
         fit(digits_run, memory=memory)
@@ -108,7 +108,7 @@ def test_what_is_no_budget_is_refused(memory: Any, digits_run: Run) -> None:
 @pytest.mark.parametrize("updatable", [False, True])
 def test_the_budget_does_not_change_a_bit(updatable: bool, make_run: MakeRun) -> None:
     run = make_run(correlated(40, 140_000), sizes=(70_001, 69_999))
-    ample, tight = (fit(run, modes=6, samples=200, memory=memory, updatable=updatable) for memory in ("2GiB", "18MiB"))
+    ample, tight = (fit(run, modes=6, samples=200, memory=memory, updatable=updatable) for memory in ("2GiB", "21MiB"))
     assert_same(ample, tight)
     assert ample.quality_by_tensor == tight.quality_by_tensor
 

@@ -186,26 +186,33 @@ def test_a_fit_takes_the_epochs_recorded_since(updatable: list[str], digits_path
     invoke("fit", digits_path, "--epochs", "0:30", "--name", "mine", "--samples", 200, *updatable, "-q")
     updated = invoke_json("fit", digits_path, "--update", "mine")
     assert (updated["fit"], updated["epochs"], updated["reading"]) == ("mine", list(range(40)), "raw")
-    assert "fit 'mine': 10 modes, 40 epochs" in invoke("fit", digits_path, "--update", "mine").stdout
+    assert invoke("fit", digits_path, "--update", "mine").stdout == "fit 'mine': nothing was recorded since epoch 39\n"
 
 
 def test_a_run_that_nobody_records_is_followed_to_its_end(digits_path: Path) -> None:
     followed = invoke("fit", digits_path, "--follow", "--name", "mine", "--samples", 200, "--modes", 4, "-q")
     assert "fit 'mine': 4 modes, 40 epochs" in followed.stdout
-    assert invoke("fit", digits_path, "--follow", "--name", "mine", "-q").stdout == ""
+    again = invoke("fit", digits_path, "--follow", "--name", "mine", "--modes", 4, "-q", "--json").stdout
+    assert [len(json.loads(line)["epochs"]) for line in again.splitlines()] == [40]
+    other = invoke("fit", digits_path, "--follow", "--name", "mine", "--modes", 5, "-q", code=1)
+    assert "fit 'mine' has modes 4, not 5, and keeps its settings; choose another name" in other.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
         (["--memory", "1MiB"], 1, "the budget is 1 MiB; give more memory (--memory)"),
+        (["--memory", "256"], 1, "the budget is 256 bytes"),
         (["--memory", "much"], 1, "memory is 'much', expected bytes or a text such as '2GiB'"),
         (["--scheduler", "cluster"], 1, "scheduler is 'cluster', expected 'threads'"),
         (["--device", "gpu"], 1, "device is 'gpu', expected 'cpu', 'cuda' or 'cuda:1'"),
         (["--update", "none"], 1, "no fit 'none'"),
         (["--update", "a", "--follow"], 2, "--update and --follow exclude each other"),
         (["--update", "a", "--modes", "3"], 2, "--update keeps the settings of the fit; leave out --modes"),
+        (["--update", "a", "--device", "cuda"], 2, "--update works on the host; leave out --device"),
+        (["--warmup", "5"], 2, "--warmup and --interval are for --follow"),
         (["--follow", "--interval", "0"], 1, "interval_s 0.0, expected at least 2 and more than 0"),
+        (["--follow", "--interval", "nan"], 1, "interval_s nan, expected at least 2 and more than 0"),
     ],
 )
 def test_what_a_fit_cannot_do_is_one_clear_line(options: list[str], code: int, message: str, digits_path: Path) -> None:

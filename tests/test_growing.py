@@ -16,7 +16,7 @@ from test_fit import assert_is_the_oracles_steps_2_and_3, assert_same, snapshot
 from trajkit import Run, RunWriter, fit, follow, open_run, update
 from trajkit.errors import DamagedRunError, InputError, RunLockedError, RunNotFoundError, UnknownNameError
 from trajkit.store.archive import Archive
-from trajkit.store.fits import FitWriter
+from trajkit.store.fits import FitShape, FitWriter
 from trajkit.store.format import WEIGHTS
 from trajkit.store.objects import LocalObjects
 
@@ -154,8 +154,72 @@ def test_one_who_still_holds_the_old_version_is_told(digits_run: Run) -> None:
     held = digits_run.fit("a")
     _ = held.mode
     update(digits_run, "a")
-    with pytest.raises(DamagedRunError, match="fit 'a': was updated since it was opened; open it again"):
+    with pytest.raises(DamagedRunError, match="fit 'a': was updated or replaced since it was opened; open it again"):
         _ = held.scale
+
+
+def test_one_who_holds_a_fit_that_was_removed_and_made_again_is_told(digits_run: Run) -> None:
+    held = fit(digits_run, name="a", modes=5, samples=200)
+    _ = held.modelled([3])
+    shutil.rmtree(digits_run.path / "fits/a")
+    fit(digits_run, name="a", modes=3, samples=200)
+    with pytest.raises(DamagedRunError, match="fit 'a': was updated or replaced since it was opened"):
+        held.modelled([3])
+
+
+def test_readers_beside_updates_see_a_whole_fit_or_are_told(make_run: MakeRun) -> None:
+    matrix = correlated(40, 2000)
+    run = make_run(matrix)
+    fit(run, name="a", modes=4, epochs=range(5), updatable=True)
+    done = threading.Event()
+    wrong: list[BaseException] = []
+    seen: set[int] = set()
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                found = open_run(run.path).fit("a")
+                expected = matrix[: len(found.epochs)].mean(axis=0, dtype=np.float64)
+                np.testing.assert_allclose(found.mean, expected, rtol=1e-9, atol=1e-12)
+                seen.add(len(found.epochs))
+            except DamagedRunError as error:
+                if "was updated or replaced since it was opened" not in str(error):
+                    wrong.append(error)
+            except BaseException as error:
+                wrong.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    try:
+        for n_epochs in range(6, 41):
+            update(Run(_first(run.archive, n_epochs)), "a")
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+    assert wrong == []
+    assert len(seen) > 1
+
+
+def _first(archive: Archive, n_epochs: int) -> Archive:
+    """The archive as it was with so many epochs."""
+    rebuild, (root, _, _) = archive.__reduce__()
+    earlier: Archive = rebuild(root, n_epochs, archive.records[n_epochs - 1].hash)
+    return earlier
+
+
+def test_what_killed_fits_left_is_cleared_by_the_next_fit(digits_run: Run) -> None:
+    shape = FitShape(3682, 40, 3, 100, updatable=False)
+    busy = FitWriter(digits_run.archive.objects, "busy", shape)
+    killed = FitWriter(digits_run.archive.objects, "killed", shape)
+    killed._lock.release()
+    fit(digits_run, name="a", samples=100)
+    assert not (digits_run.path / "fits/killed").exists()
+    assert (digits_run.path / "fits/busy").exists()
+    busy._lock.release()
+    fit(digits_run, name="b", samples=100)
+    assert not (digits_run.path / "fits/busy").exists()
 
 
 def test_two_updates_at_a_time_exclude_each_other(digits_run: Run) -> None:
@@ -203,14 +267,16 @@ def test_a_training_is_followed_to_its_end(make_run: MakeRun) -> None:
     assert seen[-1] == 30
     assert len(seen) > 2
     final = open_run(run.path)
-    assert final.fits == ("modes4",)
-    assert_is_the_oracles_steps_2_and_3(final, final.fit("modes4"))
+    assert final.fits == ("followed",)
+    assert_is_the_oracles_steps_2_and_3(final, final.fit("followed"))
 
 
 def test_following_goes_on_where_it_stopped(digits_run: Run) -> None:
     fit(digits_run, name="mine", epochs=range(30), samples=200)
     assert [len(fitted.epochs) for fitted in follow(digits_run.path, "mine")] == [40]
-    assert list(follow(digits_run.path, "mine")) == []
+    assert [len(fitted.epochs) for fitted in follow(digits_run.path, "mine")] == [40]
+    with pytest.raises(InputError, match="fit 'mine' has modes 10, not 3, and keeps its settings"):
+        next(follow(digits_run.path, "mine", modes=3))
 
 
 def test_what_cannot_be_followed_is_refused(digits_run: Run, tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def test_a_pipeline_that_the_user_has_set_changes_nothing(pipeline: str, digits_
     document = array_document("float32", (2, 5), (1, 5), ("epoch", "weight"))
     values = np.arange(5, dtype=np.float32)[None]
     region = (slice(1, 2), slice(None))
-    expected = {key: b"".join(parts) for key, parts in encode("a", document, region, values).items()}
+    expected = {key: b"".join(parts) for key, parts in encode("a", document, region, values)}
     with zarr.config.set({"codec_pipeline.path": pipeline}):
-        found = encode("a", document, region, values)
+        found = dict(encode("a", document, region, values))
         assert {key: b"".join(parts) for key, parts in found.items()} == expected
         np.testing.assert_array_equal(open_run(digits_run.path).weights[3], digits_run.weights[3])
         assert zarr.config.get("codec_pipeline.path") == pipeline

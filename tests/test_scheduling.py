@@ -216,13 +216,27 @@ def test_a_cluster_that_is_not_there_is_named(digits_run: Run, monkeypatch: pyte
         fit(digits_run, scheduler="tcp://127.0.0.1:9")
     with (
         cluster_process(0) as (address, _),
-        pytest.raises(ClusterError, match="has no workers; start some"),
+        pytest.raises(ClusterError, match=r"scheduler tcp://127.0.0.1:\d+: has no workers; start some"),
     ):
         fit(digits_run, scheduler=address)
     assert digits_run.fits == ()
 
 
-@pytest.mark.parametrize("scheduler", ["thread", "localhost", 5, ""])
+def test_a_scheduler_that_dies_is_one_clear_line(wide_run: Run) -> None:
+    with cluster_process(1) as (address, _):
+        with distributed.Client(address, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=60)
+            process = client.run_on_scheduler(os.getpid)
+
+        def kill(*_: int) -> None:
+            os.kill(process, signal.SIGKILL)
+
+        with pytest.raises(ClusterError, match="the connection to the cluster's scheduler was lost"):
+            fit(wide_run, modes=3, scheduler=address, progress=kill)
+    assert wide_run.fits == ()
+
+
+@pytest.mark.parametrize("scheduler", ["thread", "localhost", "tcp://localhost", "http://x:1", 5, ""])
 def test_what_is_no_scheduler_is_refused(scheduler: Any, digits_run: Run) -> None:
     with pytest.raises(InputError, match=r"scheduler is .*, expected 'threads', 'synchronous', an address"):
         fit(digits_run, scheduler=scheduler)

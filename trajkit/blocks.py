@@ -13,7 +13,7 @@ READ_BYTES = 24 << 20
 
 STEP = 1024
 RESULT_COLUMN_BYTES = 60
-"""Per column of a block: mode, scale, mean, correlation, variation, explained, and the copy that is being written."""
+"""Per column of a block: mode, scale, mean, correlation, variation, and its tensor while they are summed up."""
 
 KERNEL_COLUMN_BYTES = 120
 """Per column that is read: sums over the epochs and what solving needs, in float64."""
@@ -66,7 +66,8 @@ def free_bytes() -> int:
 
 
 def plan_blocks(work: BlockWork, workers: int, budget_bytes: int | None = None, at_least_workers: int = 1) -> BlockPlan:
-    """The fastest plan that stays within the budget; a quarter of the free memory by default.
+    """A plan that stays within the budget, a quarter of the free memory by default; first less is read at a time, down
+    to 8192 columns, then by fewer workers.
 
     Raises `MemoryBudgetError`, naming what is needed and what is given, where `at_least_workers` that read as little as
     possible at a time need more.
@@ -90,7 +91,7 @@ def plan_blocks(work: BlockWork, workers: int, budget_bytes: int | None = None, 
     what = "to cluster the samples takes" if planned == work.step1_bytes else "to fit blocks of weights takes"
     cure = "ask for fewer samples" if planned == work.step1_bytes else "fit fewer epochs or with fewer workers"
     raise MemoryBudgetError(
-        f"{what} {_mebibytes(planned)}, the budget is {_mebibytes(budget)}; give more memory (--memory) or {cure}"
+        f"{what} {_size(planned)}, the budget is {_size(budget)}; give more memory (--memory) or {cure}"
     )
 
 
@@ -104,5 +105,5 @@ def _halved(width: int) -> int:
     return max(STEP, width // 2 // STEP * STEP)
 
 
-def _mebibytes(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.0f} MiB"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes >= 1 << 20 else f"{n_bytes} bytes"

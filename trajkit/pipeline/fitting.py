@@ -30,7 +30,7 @@ from .scheduling import Scheduler, bytes_of, scheduler_of
 from .tasks import BlockSummary, ExtendBlock, FitBlock
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from .scheduling import Choice
 
 Progress = Callable[[int, int], None]
 
@@ -51,7 +51,7 @@ def fit(
     *,
     updatable: bool = False,
     memory: int | str | None = None,
-    scheduler: Client | str | None = None,
+    scheduler: Choice | Scheduler = None,
     device: str = "cpu",
 ) -> Decomposition:
     """Fit CMD to a run and save the fit inside it (Brokman et al. 2024, section 3.1).

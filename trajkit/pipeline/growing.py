@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,16 +12,17 @@ import numpy as np
 from ..decomposition import Decomposition
 from ..errors import InputError, RunNotFoundError
 from ..kernels.affine import References
+from ..kernels.clustering import DistanceCut
 from ..run import PathLike, Run, open_run
 from ..store.fits import FitShape, FitWriter
 from ..store.writer import is_being_written
 from .fitting import Fitted, Progress, Resources, fit, save
 from .sampling import require_finite
-from .scheduling import bytes_of, scheduler_of
+from .scheduling import Scheduler, bytes_of, scheduler_of
 from .tasks import ExtendBlock, FitBlock
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from .scheduling import Choice
 
 EXTENDING_BUFFERS = 5
 """The values that are read, and twice their motion in float64."""
@@ -32,7 +34,7 @@ def update(
     progress: Progress | None = None,
     *,
     memory: int | str | None = None,
-    scheduler: Client | str | None = None,
+    scheduler: Choice | Scheduler = None,
 ) -> Decomposition:
     """Take the epochs recorded since into a saved fit; the references stay, modes and all else may change.
 
@@ -75,35 +77,66 @@ def update(
 
 
 def follow(
-    path: PathLike, name: str | None = None, warmup: int = 20, interval_s: float = 5.0, **settings: Any
+    path: PathLike,
+    name: str = "followed",
+    warmup: int = 20,
+    interval_s: float = 5.0,
+    *,
+    progress: Progress | None = None,
+    memory: int | str | None = None,
+    scheduler: Choice | Scheduler = None,
+    **settings: Any,
 ) -> Iterator[Decomposition]:
     """Fit a run while a training records it: once after `warmup` epochs, then `update` whenever there are more.
 
-    Yields each fit, the last one when nobody records any more. A fit `name` that the run has already is updated.
+    Yields each fit, the last one when nobody records any more. Started again, it goes on with the fit `name`.
 
     interval_s: seconds between two looks at the run.
-    settings: of `fit`.
+    progress, memory, scheduler: as for `fit`.
+    settings: of the first `fit`, `modes` and the like; `device`, too, is for that one, updates are made on the host.
+
+    Raises `RunNotFoundError` where nobody has recorded or is recording a run, `InputError` where the run has a fit
+    `name` with other settings; otherwise as `fit` and `update` do.
     """
-    if interval_s <= 0 or warmup < 2:
+    if not 0 < interval_s < threading.TIMEOUT_MAX or warmup < 2:
         raise InputError(
             f"warmup is {warmup}, interval_s {interval_s}, expected at least 2 and more than 0; correct it"
         )
-    resources = {key: settings[key] for key in ("progress", "memory", "scheduler") if key in settings}
-    while True:
-        recording = is_being_written(path)  # asked first, so that no epoch comes between this and the look at the run
-        try:
-            run = open_run(path)
-        except RunNotFoundError:
+    with scheduler_of(scheduler) as chosen:
+        last: Decomposition | None = None
+        while True:
+            recording = is_being_written(path)  # asked first: no epoch comes between this and the look at the run
+            try:
+                run = open_run(path)
+            except RunNotFoundError:
+                if not recording:
+                    raise
+            else:
+                if name in run.fits:
+                    known = run.fit(name)
+                    if last is None:
+                        _require_settings(known, settings)
+                    if run.epochs[-1] > known.epochs[-1]:
+                        last = update(run, name, progress, memory=memory, scheduler=chosen)
+                        yield last
+                    elif last is None and not recording:
+                        yield known
+                elif len(run.epochs) >= warmup or not recording:
+                    settings["updatable"] = True
+                    last = fit(run, name=name, progress=progress, memory=memory, scheduler=chosen, **settings)
+                    yield last
             if not recording:
-                raise
-        else:
-            if name is not None and name in run.fits:
-                if run.epochs[-1] > run.fit(name).epochs[-1]:
-                    yield update(run, name, **resources)
-            elif len(run.epochs) >= warmup or not recording:
-                fitted = fit(run, name=name, updatable=True, **settings)
-                name = fitted.name
-                yield fitted
-        if not recording:
-            return
-        time.sleep(interval_s)
+                return
+            time.sleep(interval_s)
+
+
+def _require_settings(known: Decomposition, settings: Mapping[str, Any]) -> None:
+    """Raise `InputError` where a fit was made with other settings than these."""
+    for key, value in settings.items():
+        wanted = vars(value) if isinstance(value, DistanceCut) else value
+        found = known.settings.get(key, wanted)
+        if found != wanted:
+            raise InputError(
+                f"{known.run.path}: fit '{known.name}' has {key} {found}, not {wanted}, and keeps its settings;"
+                " choose another name or leave that out"
+            )

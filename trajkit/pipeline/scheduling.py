@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,12 +25,14 @@ from ..errors import ClusterError, InputError
 if TYPE_CHECKING:
     from distributed import Client
 
+    Choice = Client | str | None
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Function = Callable[[Item], Result]
 
 LOCAL = ("threads", "synchronous")
-TIMEOUT_S = 30
+TIMEOUT_S = 10
 GROUPS_PER_THREAD = 4
 
 logger = logging.getLogger("trajkit")
@@ -59,31 +63,39 @@ class Scheduler(Protocol):
 
 
 @contextmanager
-def scheduler_of(choice: Client | str | None) -> Iterator[Scheduler]:
-    """The scheduler that a user means by ``threads``, ``synchronous`` (a single one), an address or a client.
+def scheduler_of(choice: Choice | Scheduler) -> Iterator[Scheduler]:
+    """The scheduler that a user means by ``threads``, ``synchronous`` (a single one), an address or a client; or it.
 
     None is the client that is active in this process, and threads where there is none. Raises `InputError` for
     something else and `ClusterError` where there is no cluster at the address, or it has no workers.
     """
     if choice is None:
         choice = _active_client() or "threads"
-    if not isinstance(choice, str):
-        if not hasattr(choice, "get_executor"):
+    if isinstance(choice, ThreadScheduler | ClusterScheduler):
+        yield choice
+    elif not isinstance(choice, str):
+        client: Any = choice
+        if not hasattr(client, "get_executor"):
             raise InputError(f"scheduler is {choice!r}, expected {_EXPECTED}; pass one of these")
-        yield _cluster(choice)
+        yield _cluster(client)
     elif choice in LOCAL:
         yield ThreadScheduler(1 if choice == "synchronous" else _num_workers())
-    elif "://" in choice or choice.rpartition(":")[2].isdigit():
-        from distributed import Client  # takes longer to import than many a fit
-
-        try:
-            client = Client(choice, timeout=TIMEOUT_S, set_as_default=False)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise ClusterError(f"scheduler {choice}: cannot be reached ({error}); start it or correct it") from error
-        with client:
+    elif address := re.fullmatch(r"(?:(?:tcp|tls)://)?([^:/]+|\[[0-9a-f:]+\]):([0-9]+)", choice):
+        with _client_at(choice, address[1].strip("[]"), int(address[2])) as client:
             yield _cluster(client)
     else:
         raise InputError(f"scheduler is {choice!r}, expected {_EXPECTED}; pass one of these")
+
+
+def _client_at(address: str, host: str, port: int) -> Client:
+    from distributed import Client  # takes longer to import than many a fit
+
+    try:
+        # A client that fails to connect lives on for a minute and complains at the end of the process.
+        socket.create_connection((host, port), TIMEOUT_S).close()
+        return Client(address, timeout=TIMEOUT_S, set_as_default=False)
+    except (OSError, OverflowError, ValueError) as error:
+        raise ClusterError(f"scheduler {address}: cannot be reached ({error}); start it or correct it") from error
 
 
 _EXPECTED = "'threads', 'synchronous', an address such as tcp://host:8786 or a distributed.Client"
@@ -94,12 +106,12 @@ def bytes_of(memory: int | str | None) -> int | None:
     if memory is None:
         return None
     try:
-        n_bytes = parse_bytes(memory)
-    except (ValueError, TypeError, AttributeError):
+        n_bytes = int(memory) if hasattr(memory, "__index__") else int(parse_bytes(memory))
+    except (ValueError, TypeError, AttributeError, OverflowError):
         n_bytes = 0
     if isinstance(memory, bool) or n_bytes <= 0 or not str(memory).strip():
         raise InputError(f"memory is {memory!r}, expected bytes or a text such as '2GiB'; correct it")
-    return int(n_bytes)
+    return n_bytes
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,9 @@ class ClusterScheduler:
 
     client: Client
     workers: int
+    """Threads of the worker process that has most."""
     threads: int
+    """Of all worker processes together."""
     memory_bytes: int | None
     shares_memory = False
 
@@ -159,6 +173,10 @@ class ClusterScheduler:
         except distributed.KilledWorker as error:
             raise ClusterError(
                 f"the workers died at a task, perhaps for want of memory; give less --memory ({error})"
+            ) from error
+        except CancelledError as error:
+            raise ClusterError(
+                "the connection to the cluster's scheduler was lost; start it again, and fit again"
             ) from error
         finally:
             self.client.cancel(futures)
@@ -186,10 +204,13 @@ _unpacking = threading.Lock()
 
 
 def _cluster(client: Client) -> ClusterScheduler:
+    if client.status != "running":
+        raise ClusterError(f"scheduler: the client is {client.status}, expected a running one; open it again")
     try:
         client.wait_for_workers(1, timeout=TIMEOUT_S)
     except TimeoutError as error:
-        raise ClusterError(f"the cluster of {client}: has no workers; start some") from error
+        address = getattr(client.scheduler, "address", client)
+        raise ClusterError(f"scheduler {address}: has no workers; start some") from error
     if client.dashboard_link:
         logger.info("dashboard: %s", client.dashboard_link)
     workers = client.scheduler_info(n_workers=-1)["workers"].values()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -40,19 +40,23 @@ Reading = Literal["raw", "zarrs", "zarr"]
 _pipeline_choice = threading.Lock()
 
 
-def encode(path: str, document: dict[str, Any], region: tuple[slice, ...], values: NDArray[Any]) -> dict[str, Parts]:
-    """The stored objects of `values` in `region` of the array at `path`: key -> its bytes, in parts.
+def encode(
+    path: str, document: dict[str, Any], region: tuple[slice, ...], values: NDArray[Any]
+) -> Iterator[tuple[str, Parts]]:
+    """The stored objects of `values` in `region` of the array at `path`: each its key and its bytes, in parts.
 
     `document` is the array's ``zarr.json`` with a shape that contains the region; the region covers whole objects.
     """
     raw = RawArray.of(document)
     if raw is not None and raw.chunk == raw.stored:
         keys = keys_of(path, document, _bounded(region, document))
-        return dict(zip(keys, raw.encode(values, document["fill_value"]), strict=True))
+        yield from zip(keys, raw.encode(values, document["fill_value"]), strict=True)
+        return
     stored: dict[str, Buffer] = {}
     array = _array(MemoryStore(stored), path, document, PYTHON_PIPELINE)
     array[region] = values
-    return {key: [np.ascontiguousarray(buffer.as_numpy_array()).data.cast("B")] for key, buffer in stored.items()}
+    for key, buffer in stored.items():
+        yield key, [np.ascontiguousarray(buffer.as_numpy_array()).data.cast("B")]
 
 
 def store(
@@ -60,7 +64,7 @@ def store(
 ) -> dict[str, StoredObject]:
     """Create the objects of `values` in `region` of the array at `path`; what they are, by key. See `encode`."""
     stored: dict[str, StoredObject] = {}
-    for key, parts in encode(path, document, region, values).items():
+    for key, parts in encode(path, document, region, values):
         objects.create(key, *parts)
         stored[key] = StoredObject.of(*parts)
     return stored
@@ -109,6 +113,10 @@ class VerifiedReader:
             else:
                 columns: Any = region[-1]
                 raw.read(files, columns, out)
+        except FileNotFoundError as error:
+            key = os.path.relpath(str(error.filename), self._objects.root)
+            self._files.pop(key, None)
+            raise DamagedObjectError(key, "is missing") from error
         except RawDataError as error:
             raise DamagedRunError(f"{self._objects.root}: {path}: {error}") from error
         except (ValueError, RuntimeError, OSError) as error:
@@ -132,7 +140,7 @@ class VerifiedReader:
         self.require(keys)
 
     def _file_of(self, key: str) -> Future[str]:
-        """The file of an object, checked by the first thread that asks for it."""
+        """The file of an object, checked here and now if no other thread has begun to; it may still be at it."""
         found = self._files.get(key)
         if found is None:
             with self._lock:
@@ -146,9 +154,9 @@ class VerifiedReader:
         try:
             file.set_result(self._checked(key))
         except BaseException as error:
-            del self._files[key]  # it may be restored
-            file.set_exception(error)
-            if not isinstance(error, OSError):
+            del self._files[key]  # to be checked again when asked for again: it may be restored
+            file.set_exception(error)  # for all who wait for it
+            if not isinstance(error, OSError):  # Ctrl-C stops the others' work too, not only this object's
                 raise
 
     def _checked(self, key: str) -> str:
@@ -159,7 +167,11 @@ class VerifiedReader:
         if length != expected.length:
             state = "missing" if length is None else f"{length} bytes long"
             raise DamagedObjectError(key, f"is {state}, {expected.length} bytes were committed")
-        if self._objects.digest(key) != expected.hash:
+        try:
+            found = self._objects.digest(key)
+        except FileNotFoundError as error:
+            raise DamagedObjectError(key, "is missing") from error
+        if found != expected.hash:
             raise DamagedObjectError(key, "does not have the content that was committed")
         return str(self._objects.path(key))
 

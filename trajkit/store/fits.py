@@ -23,6 +23,7 @@ layout's hash, and the hash of ``objects.json``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..digest import ALGORITHM, canonical_json, digest
-from ..errors import DamagedRunError, PathExistsError, UnknownNameError
+from ..errors import DamagedRunError, PathExistsError, RunLockedError, UnknownNameError
 from ..layout import ParameterLayout
 from .arrays import DamagedObjectError, Parts, VerifiedReader, encode
 from .commit import StoredObject
@@ -105,7 +106,10 @@ class StoredFit:
     @cached_property
     def _reader(self) -> VerifiedReader:
         key = _objects_key(self._group)
-        table = self.objects.read(key) if self.objects.exists(key) else b""
+        try:
+            table = self.objects.read(key)
+        except FileNotFoundError:
+            table = b""
         if digest(table) != self.attributes["objects"]:
             raise self._damaged(f"object {key} is not what was saved")
         stored = {name: StoredObject(*values) for name, values in json.loads(table).items()}
@@ -117,6 +121,8 @@ class StoredFit:
         *rows, length = document["shape"]
         first, last, _ = slice(start, stop).indices(length)
         region = (*(slice(0, count) for count in rows), slice(first, max(first, last)))
+        if not self._is_current():  # a fit may be removed and made again by the same name
+            raise self._damaged("")
         try:
             return self._reader.read(f"{self._group}/{array}", document, region)
         except DamagedObjectError as damage:
@@ -126,15 +132,18 @@ class StoredFit:
     def _group(self) -> str:
         return f"{FITS}/{self.name}/{self.version}"
 
-    def _damaged(self, what: str) -> DamagedRunError:
+    def _is_current(self) -> bool:
+        """Whether the run still has this fit, in this version."""
         try:
-            updated = _saved(self.objects, self.name)["version"] != self.version
+            return bool(_saved(self.objects, self.name)["objects"] == self.attributes["objects"])
         except (OSError, KeyError, TypeError, ValueError):
-            updated = False
-        state, cure = ("was updated since it was opened", "open it") if updated else (what, "fit")
-        return DamagedRunError(
-            f"{self.objects.root}: fit '{self.name}': {state}; {cure} again{'' if updated else ' by another name'}"
-        )
+            return False
+
+    def _damaged(self, what: str) -> DamagedRunError:
+        where = f"{self.objects.root}: fit '{self.name}'"
+        if not self._is_current():
+            return DamagedRunError(f"{where}: was updated or replaced since it was opened; open it again")
+        return DamagedRunError(f"{where}: {what}; fit again by another name")
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class ResultBlocks:
         for array in self.shape.results:
             values = results[array]
             region = (*(slice(0, count) for count in values.shape[:-1]), slice(start, start + values.shape[-1]))
-            for key, parts in encode(f"{self.group}/{array}", documents[array], region, values).items():
+            for key, parts in encode(f"{self.group}/{array}", documents[array], region, values):
                 self.objects.put(key, *parts)
                 stored[key] = StoredObject.of(*parts)
         return stored
@@ -177,6 +186,7 @@ class FitWriter:
         try:
             self._require_current()
             self._clear()
+            self._clear_abandoned()
             self._prepare()
         except BaseException:
             self._lock.release()
@@ -231,7 +241,7 @@ class FitWriter:
         written: dict[str, Parts] = {}
         for array, values in small.items():
             region = (slice(None),) * values.ndim
-            written |= encode(f"{self._group}/{array}", documents[array], region, values)
+            written |= dict(encode(f"{self._group}/{array}", documents[array], region, values))
         stored = stored | {key: StoredObject.of(*parts) for key, parts in written.items()}
         table = canonical_json({key: [item.length, item.hash] for key, item in stored.items()})
         written[_objects_key(self._group)] = [table]
@@ -280,6 +290,18 @@ class FitWriter:
         for name in self._objects.names(folder):
             if name not in (METADATA, exists):
                 self._objects.delete_tree(f"{folder}/{name}")
+
+    def _clear_abandoned(self) -> None:
+        """Remove what killed processes left of other fits."""
+        for name in self._objects.names(FITS):
+            if name == METADATA or self._objects.exists(f"{FITS}/{name}/{METADATA}"):
+                continue
+            with contextlib.suppress(RunLockedError):
+                lock = WriterLock(self._objects.ready(f"{LOCKS}/fit-{name}"), name)
+                if not self._objects.exists(f"{FITS}/{name}/{METADATA}"):
+                    LocalObjects(self._objects.root, owner=f"fit-{name}").clear_temporary()
+                    self._objects.delete_tree(f"{FITS}/{name}")
+                lock.release()
 
 
 def fit_names(objects: LocalObjects) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ node                  dtype      dimensions          content
 ``probe``             float32    (epoch, probe_weight) the values of the probe weights once more
 ``probe_index``       int64      (probe_weight)      their indices in the flat vector, rising
 ``buffers/<dtype>``   <dtype>    (epoch, <dtype>)    the buffers of one stored dtype, exactly
-``fits/<name>``                  group               a saved decomposition, see `trajkit.store.fits`
+``fits/<name>/<version>``        group               a saved decomposition, see `trajkit.store.fits`
 ``evaluations/<n>``              group               one evaluation; attribute ``trajkit_evaluation``
 ====================  =========  ==================  ==============================================================
 

@@ -1,7 +1,8 @@
 """Values that are stored as they are: read straight off the files into the caller's memory, and encoded in one copy.
 
-Most trainings are stored so, see the chunk rule. Measured on 1.33 M weights × 40 epochs in the page cache, two threads:
-13 GB/s, where the Rust pipeline, which first reads into memory of its own, gives 1.7. Coded chunks are left to it.
+Most trainings are stored so, see the chunk rule. Measured on two threads, from the page cache, this is 5 to 7 times as
+fast as the Rust pipeline, which first reads into memory of its own; see benchmarks/RESULTS.md. Coded chunks are left to
+it.
 """
 
 from __future__ import annotations
