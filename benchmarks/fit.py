@@ -124,7 +124,7 @@ def kernels() -> list[str]:
     lines += ["| epochs | kernel | n | median GB/s of float32 | spread |", "|---|---|---|---|---|"]
     with ThreadPoolExecutor(2) as pool, threadpool_limits(1, user_api="blas"):
         for n_epochs in (40, 100, 200):
-            blocks = [rng.normal(size=(n_epochs, 131072)).astype(np.float32) for _ in range(4)]
+            blocks = [rng.normal(size=(n_epochs, 131072)).astype(np.float32) for _ in range(4)] * 4
             rooms = [empty_fit(None, 131072, np.dtype(np.float32)) for _ in blocks]
             references = References(blocks[0][:, :10].copy())
             kernels = {
@@ -152,7 +152,7 @@ def workers(path: Path) -> list[str]:
 
     def cluster(count: int) -> distributed.Client:
         return distributed.Client(
-            distributed.LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None),
+            distributed.LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=":0"),
             set_as_default=False,
         )
 

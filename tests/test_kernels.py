@@ -23,6 +23,7 @@ from trajkit.kernels.clustering import (
     row_distances,
 )
 from trajkit.kernels.correlation import correlation_magnitude, correlation_matrix
+from trajkit.kernels.model import model
 from trajkit.kernels.sampling import balanced_counts, candidates_suffice, draw, draw_by_variance, uniform_counts
 
 Array = np.ndarray[Any, Any]
@@ -161,6 +162,23 @@ def test_not_finite_values_are_seen_in_the_variation() -> None:
     block[4, 5], block[2, 6] = np.nan, np.inf
     fitted = fit_block(block, References(block[:, :3]))
     assert np.flatnonzero(~np.isfinite(fitted.variation)).tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_model_is_mean_and_scale_times_reference(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    references, mode = rng.normal(size=(3, 5)), rng.integers(5, size=1000).astype(np.uint16)
+    scale, mean = rng.normal(size=1000).astype(np.float32), rng.normal(size=1000)
+    expected = (references[:, mode] * scale.astype(np.float64) + mean).astype(dtype)
+    found = model(references, mode, scale, mean, dtype)
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == dtype
+    assert model(references, mode[:0], scale[:0], mean[:0], dtype).shape == (3, 0)
+
+
+def test_a_mode_without_a_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is a mode 5, but 5 references"):
+        model(np.zeros((1, 5)), np.array([5], np.uint16), np.ones(1, np.float32), np.ones(1), np.float32)
 
 
 def test_inputs_stay_as_they_were() -> None:

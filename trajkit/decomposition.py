@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .errors import InputError
+from .errors import DamagedRunError, InputError
 from .kernels.affine import References
+from .kernels.model import model
 from .store.fits import StoredFit
 from .tensors import to_tensors
 
@@ -145,10 +146,12 @@ class Decomposition:
         """
         mode = self.stored.read("mode", start, stop)
         scale = self.stored.read("scale", start, stop)
-        modelled = (self.reference_at(epochs) - self._references.mean)[:, mode]
-        modelled *= scale
-        modelled += self.stored.read("mean", start, stop)
-        return modelled.astype(dtype, copy=False)
+        mean = self.stored.read("mean", start, stop)
+        references = np.ascontiguousarray(self.reference_at(epochs) - self._references.mean)
+        try:
+            return model(references, mode, scale, mean, dtype)
+        except ValueError as error:
+            raise DamagedRunError(f"{self.run.path}: fit '{self.name}': {error}; fit again by another name") from error
 
     def trajectory(self, name: str, epochs: Iterable[int] | None = None) -> NDArray[np.float32]:
         """(e, *shape) modelled trajectory of one weight tensor over the fitted epochs, or the given recorded ones."""
