@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 import trajkit
+from trajkit.blocks import READ_BYTES
 from trajkit.kernels.affine import References, empty_fit, fit_block
 from trajkit.kernels.fused import fit_block_fused
 from trajkit.store.format import WEIGHTS, result_rule
@@ -41,7 +42,7 @@ def bare_read(run: trajkit.Run) -> None:
     """All trajectories through the reader of a fit, on two threads into memory that is used again."""
     n_epochs, n_weights = run.weights.shape
     rows = np.arange(n_epochs)
-    width = min(131072, (24 << 20) // (4 * n_epochs))
+    width = min(131072, READ_BYTES // (4 * n_epochs))
     pieces = [
         (start, min(start + width, block.stop))
         for block in result_rule(n_weights).objects()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fit import fit_and_remove
 from measure import ROUNDS, in_turn
 from numpy.typing import NDArray
 
 import trajkit
+from trajkit.blocks import READ_BYTES
 from trajkit.device import CudaDevice, Device, HostDevice, Sizes, open_device
 from trajkit.errors import InputError
 from trajkit.kernels.affine import BlockFit, References, block_sums, joined
@@ -36,7 +37,6 @@ from conftest import correlated
 
 RESULTS = Path(__file__).with_name("RESULTS-gpu.md")
 MODES = 10
-PIECE_BYTES = 8 << 20
 COPIED_BYTES = 256 << 20
 
 Trajectories = NDArray[np.float32]
@@ -81,7 +81,7 @@ def machine() -> str:
 
 def pieces_of(n_epochs: int, n: int) -> list[slice]:
     """As many columns at a time as `trajkit.fit` reads."""
-    bounds = [*range(0, n, PIECE_BYTES // (4 * n_epochs)), n]
+    bounds = [*range(0, n, READ_BYTES // (4 * n_epochs)), n]
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
@@ -201,7 +201,7 @@ def from_memory(device: CudaDevice) -> list[str]:
         "",
         "## From memory, read, copied and fitted by one thread",
         "",
-        f"{n:,} weights, {n_epochs} epochs, {MODES} modes, pieces of {PIECE_BYTES >> 20} MiB.",
+        f"{n:,} weights, {n_epochs} epochs, {MODES} modes, pieces of {READ_BYTES >> 20} MiB.",
         "",
         "| on | median ms | spread ms | GB/s of float32 |",
         "|---|---|---|---|",
@@ -232,13 +232,13 @@ def end_to_end(path: str) -> list[str]:
     """`trajkit.fit`, everything included, with the threads that it takes by default."""
     run = trajkit.open_run(path)
     n_epochs, n_weights = run.weights.shape
-    fits = run.path / "fits"
-
-    def fitted(device: str) -> None:
-        trajkit.fit(path, name="benchmark", device=device)
-        shutil.rmtree(fits / "benchmark")
-
-    seconds = in_turn(ROUNDS, {"cpu": lambda: fitted("cpu"), "cuda": lambda: fitted("cuda")})
+    seconds = in_turn(
+        ROUNDS,
+        {
+            "cpu": lambda: fit_and_remove(Path(path), device="cpu"),
+            "cuda": lambda: fit_and_remove(Path(path), device="cuda"),
+        },
+    )
     lines = [
         "",
         "## `trajkit.fit` of a run",

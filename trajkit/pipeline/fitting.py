@@ -27,7 +27,7 @@ from ..store.fits import FitShape, FitWriter
 from ..store.format import WEIGHTS, result_rule
 from .sampling import SampleChoice, choose
 from .scheduling import Scheduler, bytes_of, scheduler_of
-from .tasks import BlockSummary, ExtendBlock, FitBlock
+from .tasks import BlockSummary, BlockTask, FitBlock
 
 if TYPE_CHECKING:
     from .scheduling import Choice
@@ -148,7 +148,7 @@ class Fitted:
 def save(
     run: Run,
     writer: FitWriter,
-    task: FitBlock | ExtendBlock,
+    task: BlockTask,
     scheduler: Scheduler,
     progress: Progress | None,
     fitted: Fitted,

@@ -19,7 +19,7 @@ from ..store.writer import is_being_written
 from .fitting import Fitted, Progress, Resources, fit, save
 from .sampling import require_finite
 from .scheduling import Scheduler, bytes_of, scheduler_of
-from .tasks import ExtendBlock, FitBlock
+from .tasks import BlockTask, ExtendBlock, FitBlock
 
 if TYPE_CHECKING:
     from .scheduling import Choice
@@ -60,12 +60,10 @@ def update(
     shape = FitShape(before.n_weights, rows.size, before.n_modes, before.n_samples, updatable=True)
     with scheduler_of(scheduler) as chosen:
         resources = Resources(chosen, bytes_of(memory), "cpu")
-        if before.updatable:
-            plan = resources.plan(run, shape, further.size, EXTENDING_BUFFERS)
-        else:
-            plan = resources.plan(run, shape, rows.size, 1)
+        n_read, buffers = (further.size, EXTENDING_BUFFERS) if before.updatable else (rows.size, 1)
+        plan = resources.plan(run, shape, n_read, buffers)
         with FitWriter(run.archive.objects, name, shape, previous.stored) as writer:
-            task: ExtendBlock | FitBlock
+            task: BlockTask
             if before.updatable:
                 old = References(previous.reference)
                 task = ExtendBlock(run, further, references, writer.blocks, plan, previous.stored, old)

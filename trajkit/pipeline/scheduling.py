@@ -119,12 +119,12 @@ class ThreadScheduler:
     """Threads of this process."""
 
     workers: int
-    memory_bytes: int | None = None
+    memory_bytes = None
     shares_memory = True
 
     def limited_to(self, workers: int) -> ThreadScheduler:
         """See `Scheduler`."""
-        return ThreadScheduler(workers, self.memory_bytes)
+        return ThreadScheduler(workers)
 
     def map(
         self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]

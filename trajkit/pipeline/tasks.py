@@ -33,22 +33,64 @@ ALIGNED = 64
 
 
 @dataclass(frozen=True)
-class FitBlock:
-    """Fits a block to references over some rows of a run, and stores the results."""
+class BlockTask:
+    """What is done to each block: its pieces are fitted, the results stored, and their quality summed up."""
 
     run: Run
     rows: NDArray[np.int64]
+    """Of the run, that are read."""
     references: References
+    """Over all epochs of the fit."""
     results: ResultBlocks
     plan: BlockPlan
-    device: str
-
-    def __call__(self, block: slice) -> BlockSummary:
-        """Fit the weights of a block."""
-        return _stored(self, block)
 
     def fits(self, pieces: list[slice], room: Room) -> Generator[tuple[slice, BlockFit]]:
         """The fits of the pieces of a block, in the room for them."""
+        raise NotImplementedError
+
+    def __call__(self, block: slice) -> BlockSummary:
+        """Fit the weights of a block."""
+        layout, shape = self.run.layout, self.results.shape
+        whole = _room_for(block.stop - block.start, shape)
+
+        def room(piece: slice) -> BlockFit:
+            return whole.part(slice(piece.start - block.start, piece.stop - block.start))
+
+        with closing(self.fits(self.plan.pieces(block), room)) as fits:  # a device may be at work for it
+            for piece, fitted in fits:
+                self._require_fitted(piece, fitted)
+        stored = self.results.write(block.start, vars(whole))
+        modes = np.zeros((shape.n_modes, 3))
+        add_quality(whole.mode, whole.variation, whole.correlation, modes)
+        bounds = np.clip(layout.weight_bounds, block.start, block.stop) - block.start
+        inside = np.flatnonzero(np.diff(bounds))
+        tensors = np.zeros((inside.size, 3))
+        of_tensor = np.repeat(np.arange(inside.size), np.diff(bounds)[inside])
+        add_quality(of_tensor, whole.variation, whole.correlation, tensors)
+        return BlockSummary(stored, dict(zip(inside.tolist(), tensors, strict=True)), modes)
+
+    def _require_fitted(self, piece: slice, fitted: BlockFit) -> None:
+        """Raise `InputError` naming the first weight that is not finite, or whose scale is not."""
+        finite = np.isfinite(fitted.variation) & np.isfinite(fitted.scale)
+        if finite.all():
+            return
+        bad = piece.start + int(np.argmin(finite))
+        values = self.run.archive.read(WEIGHTS, self.rows, (bad, bad + 1))
+        require_finite(self.run, np.array([bad]), np.isfinite(values))
+        raise InputError(
+            f"{self.run.path}: '{self.run.layout.weight_at(bad)}' moves so far beyond its reference that float32"
+            " cannot hold its scale; name other weights with sample_index="
+        )
+
+
+@dataclass(frozen=True)
+class FitBlock(BlockTask):
+    """Fits a block to the references, over the rows that are read."""
+
+    device: str
+
+    def fits(self, pieces: list[slice], room: Room) -> Generator[tuple[slice, BlockFit]]:
+        """See `BlockTask`."""
         every = self.results.shape.updatable
         return open_device(self.device).fit_pieces(self.read, pieces, self.references, every, room)
 
@@ -58,26 +100,15 @@ class FitBlock:
 
 
 @dataclass(frozen=True)
-class ExtendBlock:
-    """Takes further rows of a run into a block of a fit, and stores the results as the fit's next version."""
+class ExtendBlock(BlockTask):
+    """Takes further rows, which alone are read, into a block of a fit; the results are the fit's next version."""
 
-    run: Run
-    rows: NDArray[np.int64]
-    """The further rows alone."""
-    references: References
-    """Over all epochs."""
-    results: ResultBlocks
-    plan: BlockPlan
     fit: StoredFit
     before: References
     """Over the epochs of the fit."""
 
-    def __call__(self, block: slice) -> BlockSummary:
-        """Extend the fit of the weights of a block."""
-        return _stored(self, block)
-
     def fits(self, pieces: list[slice], room: Room) -> Generator[tuple[slice, BlockFit]]:
-        """The fits of the pieces of a block, in the room for them."""
+        """See `BlockTask`."""
         for piece in pieces:
             old = BlockFit(**{name: self.fit.read(name, piece.start, piece.stop) for name in self.fit.shape.results})
             further = self.run.archive.read(WEIGHTS, self.rows, (piece.start, piece.stop))
@@ -95,28 +126,6 @@ class BlockSummary:
     modes: NDArray[np.float64]
 
 
-def _stored(task: FitBlock | ExtendBlock, block: slice) -> BlockSummary:
-    """Fit the pieces of a block, store the results and sum up how good they are."""
-    layout, shape = task.run.layout, task.results.shape
-    whole = _room_for(block.stop - block.start, shape)
-
-    def room(piece: slice) -> BlockFit:
-        return whole.part(slice(piece.start - block.start, piece.stop - block.start))
-
-    with closing(task.fits(task.plan.pieces(block), room)) as fits:  # a device may be at work for it
-        for piece, fitted in fits:
-            _require_fitted(task, piece, fitted)
-    stored = task.results.write(block.start, vars(whole))
-    modes = np.zeros((shape.n_modes, 3))
-    add_quality(whole.mode, whole.variation, whole.correlation, modes)
-    bounds = np.clip(layout.weight_bounds, block.start, block.stop) - block.start
-    inside = np.flatnonzero(np.diff(bounds))
-    tensors = np.zeros((inside.size, 3))
-    of_tensor = np.repeat(np.arange(inside.size), np.diff(bounds)[inside])
-    add_quality(of_tensor, whole.variation, whole.correlation, tensors)
-    return BlockSummary(stored, dict(zip(inside.tolist(), tensors, strict=True)), modes)
-
-
 def _room_for(n: int, shape: FitShape) -> BlockFit:
     """Room for a block's fit, all in one piece of the thread's memory."""
     rows = dict.fromkeys((*RESULTS, "variation"), 1) | ({"correlations": shape.n_modes} if shape.updatable else {})
@@ -129,17 +138,3 @@ def _room_for(n: int, shape: FitShape) -> BlockFit:
     if shape.updatable:
         arrays["correlations"] = arrays["correlations"].reshape(shape.n_modes, n)
     return BlockFit(**arrays)
-
-
-def _require_fitted(task: FitBlock | ExtendBlock, piece: slice, fitted: BlockFit) -> None:
-    """Raise `InputError` naming the first weight that is not finite, or whose scale is not."""
-    finite = np.isfinite(fitted.variation) & np.isfinite(fitted.scale)
-    if finite.all():
-        return
-    bad = piece.start + int(np.argmin(finite))
-    values = task.run.archive.read(WEIGHTS, task.rows, (bad, bad + 1))
-    require_finite(task.run, np.array([bad]), np.isfinite(values))
-    raise InputError(
-        f"{task.run.path}: '{task.run.layout.weight_at(bad)}' moves so far beyond its reference that float32"
-        " cannot hold its scale; name other weights with sample_index="
-    )

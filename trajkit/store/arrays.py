@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -60,12 +61,15 @@ def encode(
 
 
 def store(
-    objects: LocalObjects, path: str, document: dict[str, Any], region: tuple[slice, ...], values: NDArray[Any]
+    write: Callable[..., None], path: str, document: dict[str, Any], region: tuple[slice, ...], values: NDArray[Any]
 ) -> dict[str, StoredObject]:
-    """Create the objects of `values` in `region` of the array at `path`; what they are, by key. See `encode`."""
+    """Store the objects of `values` in `region` of the array at `path`; what they are, by key. See `encode`.
+
+    `write` takes a key and parts of bytes: `LocalObjects.create` or `LocalObjects.put`.
+    """
     stored: dict[str, StoredObject] = {}
     for key, parts in encode(path, document, region, values):
-        objects.create(key, *parts)
+        write(key, *parts)
         stored[key] = StoredObject.of(*parts)
     return stored
 
@@ -74,7 +78,12 @@ def reading_of(document: Mapping[str, Any]) -> Reading:
     """How the chunks of an array are read: straight off the files, by the Rust pipeline, or by zarr's own."""
     if RawArray.of(document) is not None:
         return "raw"
-    return "zarr" if in_forked_child() or importlib.util.find_spec("zarrs") is None else "zarrs"
+    return "zarrs" if _zarrs_is_there() and not in_forked_child() else "zarr"
+
+
+@cache
+def _zarrs_is_there() -> bool:
+    return importlib.util.find_spec("zarrs") is not None
 
 
 class VerifiedReader:

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from ..digest import ALGORITHM, canonical_json, digest
 from ..errors import DamagedRunError, PathExistsError, RunLockedError, UnknownNameError
 from ..layout import ParameterLayout
-from .arrays import DamagedObjectError, Parts, VerifiedReader, encode
+from .arrays import DamagedObjectError, VerifiedReader, store
 from .commit import StoredObject
 from .format import FITS, LOCKS, METADATA, array_document, group_document, require_name, result_rule
 from .lock import WriterLock
@@ -161,9 +161,7 @@ class ResultBlocks:
         for array in self.shape.results:
             values = results[array]
             region = (*(slice(0, count) for count in values.shape[:-1]), slice(start, start + values.shape[-1]))
-            for key, parts in encode(f"{self.group}/{array}", documents[array], region, values):
-                self.objects.put(key, *parts)
-                stored[key] = StoredObject.of(*parts)
+            stored |= store(self.objects.put, f"{self.group}/{array}", documents[array], region, values)
         return stored
 
 
@@ -238,19 +236,21 @@ class FitWriter:
     def _complete(self, stored: Stored, small: Mapping[str, NDArray[Any]]) -> str:
         """Bring all that the group will stand for to the disk; the hash of the table of its objects."""
         documents = self._shape.documents()
-        written: dict[str, Parts] = {}
-        for array, values in small.items():
-            region = (slice(None),) * values.ndim
-            written |= dict(encode(f"{self._group}/{array}", documents[array], region, values))
-        stored = stored | {key: StoredObject.of(*parts) for key, parts in written.items()}
-        table = canonical_json({key: [item.length, item.hash] for key, item in stored.items()})
-        written[_objects_key(self._group)] = [table]
-        groups = {f"{self._group}/{array}": document for array, document in documents.items()}
-        for path, document in {self._group: group_document(), **groups}.items():
-            written[f"{path}/{METADATA}"] = [encoded(document, path)]
-        for key, parts in written.items():
+
+        def put(key: str, *parts: bytes | memoryview) -> None:
             self._objects.ready(key)
             self._objects.put(key, *parts)
+
+        for array, values in small.items():
+            region = (slice(None),) * values.ndim
+            stored = stored | store(put, f"{self._group}/{array}", documents[array], region, values)
+        table = canonical_json({key: [item.length, item.hash] for key, item in stored.items()})
+        written = {_objects_key(self._group): table}
+        groups = {f"{self._group}/{array}": document for array, document in documents.items()}
+        for path, document in {self._group: group_document(), **groups}.items():
+            written[f"{path}/{METADATA}"] = encoded(document, path)
+        for key, data in written.items():
+            put(key, data)
         self._objects.sync(written.keys() | stored.keys())
         if not self._objects.exists(f"{FITS}/{METADATA}"):
             write_document(self._objects, FITS, group_document())

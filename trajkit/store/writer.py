@@ -161,7 +161,7 @@ class ArchiveWriter:
             write_document(self._objects, BUFFERS, group_document())
         for path, document in self._documents.items():
             write_document(self._objects, path, document)
-        written |= store(self._objects, PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index)
+        written |= store(self._objects.create, PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index)
 
     def _write_row(
         self, row: int, values: EpochValues, probe_index: NDArray[np.int64], written: dict[str, StoredObject]
@@ -170,12 +170,12 @@ class ArchiveWriter:
         here = slice(row, row + 1)
         grown = {path: with_rows(document, row + 1) for path, document in self._documents.items()}
         for columns in chunk_rule(weights.size).objects():
-            written |= store(self._objects, WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns])
-        written |= store(self._objects, PROBE, grown[PROBE], (here, slice(None)), weights[None, probe_index])
+            written |= store(self._objects.create, WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns])
+        written |= store(self._objects.create, PROBE, grown[PROBE], (here, slice(None)), weights[None, probe_index])
         for dtype, vector in values.buffers.items():
             path = buffer_path(dtype)
-            written |= store(self._objects, path, grown[path], (here, slice(None)), vector[None])
-        written |= store(self._objects, EPOCH, grown[EPOCH], (here,), np.array([values.epoch]))
+            written |= store(self._objects.create, path, grown[path], (here, slice(None)), vector[None])
+        written |= store(self._objects.create, EPOCH, grown[EPOCH], (here,), np.array([values.epoch]))
 
     def _grow(self) -> None:
         """Make the shapes say what is committed."""
