@@ -26,7 +26,7 @@ from .output import echo_json, echo_table, number, progress
 @quiet_option
 @json_option
 def evaluate(
-    run: Path, fit_name: str | None, function: str, epochs: list[int] | None, quiet: bool, as_json: bool
+    run: str | Path, fit_name: str | None, function: str, epochs: list[int] | None, quiet: bool, as_json: bool
 ) -> None:
     """Call your function with the recorded weights of each epoch, and with those modelled by a fit.
 

@@ -64,7 +64,7 @@ CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs")
 def fit(
     ctx: click.Context,
     /,
-    run: Path,
+    run: str | Path,
     name: str | None,
     update: str | None,
     follow: bool,
@@ -146,7 +146,7 @@ def _choices(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _echo(
-    run: Path, fitted: Decomposition, modes: int | None, elapsed_s: float, as_json: bool, indent: int | None = 2
+    run: str | Path, fitted: Decomposition, modes: int | None, elapsed_s: float, as_json: bool, indent: int | None = 2
 ) -> None:
     if as_json:
         echo_json(

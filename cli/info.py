@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @run_argument
 @json_option
-def info(run: Path, as_json: bool) -> None:
+def info(run: str | Path, as_json: bool) -> None:
     """Show what RUN holds: tensors, epochs, metrics, size on disk, and fits with their variance explained.
 
     \b

@@ -5,8 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
-run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+
+class RunPlace(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """The path of a run, or its URL in an object store."""
+
+    name = "run"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:  # noqa: ARG002
+        """A URL as it is, a path as a path."""
+        return value if "://" in str(value) else Path(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Folders."""
+        return click.Path(file_okay=False).shell_complete(ctx, param, incomplete)
+
+
+run_argument = click.argument("run", metavar="RUN", type=RunPlace())
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 fit_option = click.option("--fit", "fit_name", metavar="NAME", help="A fit saved in the run.")

@@ -21,7 +21,7 @@ from .output import echo_json, size
 )
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
 @json_option
-def reconstruct(run: Path, fit_name: str | None, epoch: int, output: Path, force: bool, as_json: bool) -> None:
+def reconstruct(run: str | Path, fit_name: str | None, epoch: int, output: Path, force: bool, as_json: bool) -> None:
     """Write the weights of an epoch as a checkpoint file: modelled by a fit, or as recorded without --fit.
 
     \b

@@ -25,7 +25,7 @@ from .output import echo_json, progress
 @quiet_option
 @json_option
 def record(
-    run: Path,
+    run: str | Path,
     checkpoints: tuple[Path, ...],
     first_epoch: int | None,
     nonfinite: str,

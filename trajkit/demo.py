@@ -116,7 +116,7 @@ def run_demo(path: PathLike, epochs: int = 40, shown: int = 8, progress: Progres
     decomposition = fit(run, modes=10)
     finish("fit")
     last = run.epochs[-shown:].tolist()
-    write_checkpoint(run, last[-1], run.path.parent / "digits-cmd.safetensors", decomposition.name)
+    write_checkpoint(run, last[-1], Path(run.path).parent / "digits-cmd.safetensors", decomposition.name)
     finish("reconstruct")
     evaluation = evaluate(run, test_accuracy, decomposition.name, last)
     finish("evaluate")
@@ -130,7 +130,7 @@ def run_demo(path: PathLike, epochs: int = 40, shown: int = 8, progress: Progres
         for row in evaluation.epochs
     )
     return DemoResult(
-        path=run.path,
+        path=Path(run.path),
         modes=decomposition.n_modes,
         epochs=lines,
         variance_explained=decomposition.quality.variance_explained,

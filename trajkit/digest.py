@@ -16,6 +16,9 @@ from blake3 import blake3
 ALGORITHM = "blake3"
 PIECE_BYTES = 128 << 10
 
+Hasher = blake3
+"""Takes bytes piece by piece: `update`, then `hexdigest`."""
+
 
 def digest(*parts: bytes | memoryview) -> str:
     """Hash of the bytes, one part after the other."""

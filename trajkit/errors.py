@@ -42,6 +42,10 @@ class UnsupportedFormatError(TrajkitError, OSError):
     """The archive was written in a format that this version does not read."""
 
 
+class StorageError(TrajkitError, OSError):
+    """An object store does not answer, or refuses."""
+
+
 class MemoryBudgetError(TrajkitError, MemoryError):
     """The work needs more memory than it may use."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,21 +20,23 @@ from .store.archive import Archive
 from .store.evaluations import Evaluation, read_evaluations
 from .store.fits import fit_names, open_fit
 from .store.format import PROBE, PROBE_SIZE, WEIGHTS, buffer_path
+from .store.place import PathLike as PathLike
 from .store.writer import EpochValues, open_writer
 from .tensors import to_tensors
 from .trajectories import Trajectories
 
-PathLike = str | os.PathLike[str]
 NonFinite = Literal["raise", "record"]
 
 
 def open_run(path: PathLike) -> Run:
-    """Open the run in a directory for reading; epochs that are recorded later are seen by opening it again.
+    """Open the run in a directory, or at a URL such as ``s3://bucket/run``, for reading.
+
+    Epochs that are recorded later are seen by opening it again.
 
     Raises `RunNotFoundError` where there is no run or no epoch yet, `UnsupportedFormatError` for another format,
     `DamagedRunError` where its metadata is damaged.
     """
-    return Run(Archive.open(Path(path)))
+    return Run(Archive.open(path))
 
 
 def load_weights(run: Run | PathLike, epoch: int, fit: str | None = None) -> dict[str, Any]:
@@ -57,8 +58,8 @@ class Run:
         return f"Run('{self.path}', {len(self.epochs)} epochs, {self.layout.n_weights} weights)"
 
     @property
-    def path(self) -> Path:
-        """The run's directory."""
+    def path(self) -> Path | str:
+        """The run's directory, or its URL."""
         return self.archive.objects.root
 
     @property
@@ -170,7 +171,7 @@ class Run:
     @property
     def size_bytes(self) -> int:
         """Bytes on disk, fits and evaluations included."""
-        return sum(self.archive.objects.size(key) or 0 for key in self.archive.objects.keys(""))
+        return sum(length for _, length in self.archive.objects.lengths(""))
 
     @property
     def epoch_bytes(self) -> int:
@@ -190,7 +191,7 @@ class RunWriter:
         if nonfinite not in ("raise", "record"):
             raise InputError(f"nonfinite is {nonfinite!r}, expected 'raise' or 'record'; choose one")
         self._nonfinite = nonfinite
-        self._writer = open_writer(Path(path), fsync=fsync)
+        self._writer = open_writer(path, fsync=fsync)
         self.path = self._writer.root
 
     def __enter__(self) -> Self:

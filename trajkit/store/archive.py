@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 
 from ..errors import DamagedRunError, RunNotFoundError
 from ..layout import ParameterLayout
-from .arrays import DamagedObjectError, Reading, Region, VerifiedReader, keys_of, reading_of, with_rows
+from .arrays import Reading, Region, VerifiedReader, keys_of, reading_of, with_rows
 from .commit import CommitRecord, read_records
 from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays
-from .objects import LocalObjects
+from .objects import DamagedObjectError
+from .place import Objects, PathLike, objects_at
 from .root import layout_of_root, read_document
 
 Columns = tuple[int, int]
@@ -27,26 +27,27 @@ Columns = tuple[int, int]
 class Archive:
     """A run's committed state at the moment of opening. Later commits are seen by opening again."""
 
-    objects: LocalObjects
+    objects: Objects
     layout: ParameterLayout
     records: tuple[CommitRecord, ...]
     documents: dict[str, dict[str, Any]]
     """Path -> ``zarr.json`` of every array, with exactly the committed rows."""
 
     @classmethod
-    def open(cls, root: Path) -> Archive:
-        """Open the archive in a directory.
+    def open(cls, place: PathLike) -> Archive:
+        """Open the archive in a directory, or at a URL.
 
         Raises `RunNotFoundError` where there is none or nothing was committed yet, `UnsupportedFormatError` for
         another format, `DamagedRunError` where metadata or commit records are damaged.
         """
-        objects = LocalObjects(root)
+        objects = objects_at(place)
+        root = objects.root
         if not objects.exists(METADATA):
-            raise RunNotFoundError(f"{root}: no run here, expected a directory with a {METADATA}; check the path")
+            raise RunNotFoundError(f"{place}: no run here, expected a directory with a {METADATA}; check the path")
         layout = layout_of_root(objects)
         records = read_all_records(objects)
         if not records:
-            raise RunNotFoundError(f"{root}: the run has no epoch yet; wait for the first one to be recorded")
+            raise RunNotFoundError(f"{place}: the run has no epoch yet; wait for the first one to be recorded")
         if any(record.layout != layout.digest for record in records):
             raise DamagedRunError(
                 f"{root}: the layout in {METADATA} is not the one that was recorded; restore {METADATA} from a copy"
@@ -127,7 +128,7 @@ class Archive:
 @lru_cache(maxsize=8)
 def _reopened(root: str, n_rows: int, last_hash: str) -> Archive:
     """The archive in a directory as it was with `n_rows` epochs; raises `DamagedRunError` where it has others."""
-    archive = Archive.open(Path(root))
+    archive = Archive.open(root)
     if len(archive) < n_rows or archive.records[n_rows - 1].hash != last_hash:
         raise DamagedRunError(f"{root}: not the run that was opened elsewhere; give every worker the same files")
     return Archive(
@@ -141,7 +142,7 @@ def _reopened(root: str, n_rows: int, last_hash: str) -> Archive:
     )
 
 
-def checked_documents(objects: LocalObjects, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
+def checked_documents(objects: Objects, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
     """Path -> ``zarr.json`` of every array of a run, as stored, rows included.
 
     The layout decides all of it but the number of probe weights and the codec, so a document that says something else
@@ -161,7 +162,7 @@ def checked_documents(objects: LocalObjects, layout: ParameterLayout) -> dict[st
     return stored
 
 
-def read_all_records(objects: LocalObjects) -> tuple[CommitRecord, ...]:
+def read_all_records(objects: Objects) -> tuple[CommitRecord, ...]:
     """All commit records; raises `DamagedRunError` where an array shows more epochs: shapes never run ahead."""
     # The shapes first: a writer may commit between the two reads.
     shown = {

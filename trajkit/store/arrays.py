@@ -26,7 +26,8 @@ from zarr.storage import LocalStore, MemoryStore, StorePath
 from ..errors import DamagedRunError
 from ..forks import in_forked_child
 from .commit import StoredObject
-from .objects import LocalObjects
+from .objects import DamagedObjectError
+from .place import Objects
 from .raw import RawArray, RawDataError
 
 PYTHON_PIPELINE = "zarr.core.codec_pipeline.BatchedCodecPipeline"
@@ -65,7 +66,7 @@ def store(
 ) -> dict[str, StoredObject]:
     """Store the objects of `values` in `region` of the array at `path`; what they are, by key. See `encode`.
 
-    `write` takes a key and parts of bytes: `LocalObjects.create` or `LocalObjects.put`.
+    `write` takes a key and parts of bytes: `Objects.create` or `Objects.put`.
     """
     stored: dict[str, StoredObject] = {}
     for key, parts in encode(path, document, region, values):
@@ -94,7 +95,7 @@ class VerifiedReader:
     fill values for a missing object without a word. Threads may share a reader.
     """
 
-    def __init__(self, objects: LocalObjects, committed: Mapping[str, StoredObject]) -> None:
+    def __init__(self, objects: Objects, committed: Mapping[str, StoredObject]) -> None:
         self._objects = objects
         self._committed = committed
         self._files: dict[str, Future[str]] = {}
@@ -123,7 +124,7 @@ class VerifiedReader:
                 columns: Any = region[-1]
                 raw.read(files, columns, out)
         except FileNotFoundError as error:
-            key = os.path.relpath(str(error.filename), self._objects.root)
+            key = os.path.relpath(str(error.filename), self._objects.files)
             self._files.pop(key, None)
             raise DamagedObjectError(key, "is missing") from error
         except RawDataError as error:
@@ -136,17 +137,23 @@ class VerifiedReader:
         """The files of these objects; raises `DamagedObjectError` naming one that is not what was committed."""
         if os.getpid() != self._process:  # forked: another thread may have held the lock, or be at a file
             self._files, self._lock, self._process = {}, threading.Lock(), os.getpid()
+        if self._objects.at_a_time > 1:
+            self._look_at(keys, self._objects.at_a_time)
         # Each thread checks what no other one has begun, and waits for the rest at the end.
         return [found.result() for found in [self._file_of(key) for key in keys]]
 
     def require_together(self, keys: list[str]) -> None:
         """As `require`, by as many threads as there are cores."""
+        self._look_at(keys, os.cpu_count() or 1)
+        self.require(keys)
+
+    def _look_at(self, keys: list[str], threads: int) -> None:
+        """Check those objects that nobody has begun to check, by several threads."""
         unknown = [key for key in keys if key not in self._files]
-        threads = min(os.cpu_count() or 1, len(unknown))
+        threads = min(threads, len(unknown))
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(self.require, [unknown] * threads))  # they share them out among themselves
-        self.require(keys)
+                list(pool.map(lambda key: self._file_of(key).exception(), unknown))
 
     def _file_of(self, key: str) -> Future[str]:
         """The file of an object, checked here and now if no other thread has begun to; it may still be at it."""
@@ -172,17 +179,7 @@ class VerifiedReader:
         expected = self._committed.get(key)
         if expected is None:
             raise DamagedObjectError(key, "was never committed")
-        length = self._objects.size(key)
-        if length != expected.length:
-            state = "missing" if length is None else f"{length} bytes long"
-            raise DamagedObjectError(key, f"is {state}, {expected.length} bytes were committed")
-        try:
-            found = self._objects.digest(key)
-        except FileNotFoundError as error:
-            raise DamagedObjectError(key, "is missing") from error
-        if found != expected.hash:
-            raise DamagedObjectError(key, "does not have the content that was committed")
-        return str(self._objects.path(key))
+        return str(self._objects.sound_file(key, expected.length, expected.hash))
 
     def _raw_array(self, path: str, document: dict[str, Any]) -> RawArray | None:
         if path not in self._raw:
@@ -202,18 +199,10 @@ class VerifiedReader:
     def _opened(self, path: str, document: dict[str, Any]) -> zarr.Array[Any]:
         reading = reading_of(document)
         if (reading, path) not in self._arrays:
-            store = LocalStore(self._objects.root, read_only=True)
+            store = LocalStore(self._objects.files, read_only=True)
             pipeline = RUST_PIPELINE if reading == "zarrs" else PYTHON_PIPELINE
             self._arrays[reading, path] = _array(store, path, document, pipeline)
         return self._arrays[reading, path]
-
-
-class DamagedObjectError(DamagedRunError):
-    """An object is not what was committed; who knows what it holds says so in its own words."""
-
-    def __init__(self, key: str, what: str) -> None:
-        super().__init__(f"object {key} {what}")
-        self.key = key
 
 
 def keys_of(path: str, document: Mapping[str, Any], region: Region) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from ..digest import ALGORITHM, canonical_json, digest
 from ..errors import DamagedRunError
 from .format import COMMITS, METADATA_LIMIT, commit_key, read_metrics, spell_metrics
-from .objects import LocalObjects
+from .place import Objects
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class CommitRecord:
         return sum(stored.length for stored in self.objects.values())
 
 
-def read_records(objects: LocalObjects) -> tuple[CommitRecord, ...]:
+def read_records(objects: Objects) -> tuple[CommitRecord, ...]:
     """All commit records, each checked against its hash, its place and its predecessor.
 
     Raises `DamagedRunError` naming the first record that is damaged, or missing while a later one exists.
@@ -83,7 +83,7 @@ def read_records(objects: LocalObjects) -> tuple[CommitRecord, ...]:
     return tuple(records)
 
 
-def _decode(objects: LocalObjects, row: int) -> tuple[CommitRecord, str]:
+def _decode(objects: Objects, row: int) -> tuple[CommitRecord, str]:
     length = objects.size(commit_key(row))
     if length is None or length > METADATA_LIMIT:
         raise _damaged(objects, row, f"has {length} bytes, at most {METADATA_LIMIT} are read")
@@ -102,5 +102,5 @@ def _decode(objects: LocalObjects, row: int) -> tuple[CommitRecord, str]:
         raise _damaged(objects, row, f"cannot be read ({error})") from error
 
 
-def _damaged(objects: LocalObjects, row: int, what: str) -> DamagedRunError:
+def _damaged(objects: Objects, row: int, what: str) -> DamagedRunError:
     return DamagedRunError(f"{objects.root}: commit record {commit_key(row)} {what}; restore it from a copy")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import DamagedRunError
 from .format import EVALUATIONS, METADATA, group_document, read_metrics, spell_metrics
-from .objects import LocalObjects
+from .place import Objects
 from .root import encoded, read_document, write_document
 
 EVALUATION_ATTRIBUTE = "trajkit_evaluation"
@@ -58,7 +58,7 @@ class Evaluation:
         return cls(**{**fields, "epochs": epochs})
 
 
-def save_evaluation(objects: LocalObjects, evaluation: Evaluation) -> None:
+def save_evaluation(objects: Objects, evaluation: Evaluation) -> None:
     """Keep an evaluation beside the earlier ones; it exists whole or not at all."""
     if not objects.exists(f"{EVALUATIONS}/{METADATA}"):
         write_document(objects, EVALUATIONS, group_document())
@@ -72,7 +72,7 @@ def save_evaluation(objects: LocalObjects, evaluation: Evaluation) -> None:
             number += 1
 
 
-def read_evaluations(objects: LocalObjects) -> tuple[Evaluation, ...]:
+def read_evaluations(objects: Objects) -> tuple[Evaluation, ...]:
     """All evaluations, oldest first."""
     evaluations = []
     for number in _numbers(objects):
@@ -84,5 +84,5 @@ def read_evaluations(objects: LocalObjects) -> tuple[Evaluation, ...]:
     return tuple(evaluations)
 
 
-def _numbers(objects: LocalObjects) -> list[str]:
+def _numbers(objects: Objects) -> list[str]:
     return [name for name in objects.names(EVALUATIONS) if objects.exists(f"{EVALUATIONS}/{name}/{METADATA}")]

@@ -37,11 +37,11 @@ from numpy.typing import NDArray
 from ..digest import ALGORITHM, canonical_json, digest
 from ..errors import DamagedRunError, PathExistsError, RunLockedError, UnknownNameError
 from ..layout import ParameterLayout
-from .arrays import DamagedObjectError, VerifiedReader, store
+from .arrays import VerifiedReader, store
 from .commit import StoredObject
-from .format import FITS, LOCKS, METADATA, array_document, group_document, require_name, result_rule
-from .lock import WriterLock
-from .objects import LocalObjects
+from .format import FITS, METADATA, array_document, group_document, require_name, result_rule
+from .objects import DamagedObjectError
+from .place import Objects
 from .root import encoded, read_document, write_document
 
 FIT_ATTRIBUTE = "trajkit_fit"
@@ -87,7 +87,7 @@ class FitShape:
 class StoredFit:
     """A saved fit: its attributes, and its arrays read piece by piece."""
 
-    objects: LocalObjects
+    objects: Objects
     name: str
     attributes: Mapping[str, Any]
     shape: FitShape
@@ -150,7 +150,7 @@ class StoredFit:
 class ResultBlocks:
     """Where the results of a fit's blocks are put, by threads and processes that may be asked for a block twice."""
 
-    objects: LocalObjects
+    objects: Objects
     group: str
     shape: FitShape
 
@@ -172,15 +172,15 @@ class FitWriter:
     version, exists, `RunLockedError` while another process writes it.
     """
 
-    def __init__(self, root: LocalObjects, name: str, shape: FitShape, previous: StoredFit | None = None) -> None:
+    def __init__(self, root: Objects, name: str, shape: FitShape, previous: StoredFit | None = None) -> None:
         self.name = require_name(name, "fit")
         self._shape = shape
         self._previous = previous
         self._version = 0 if previous is None else previous.version + 1
         self._group = f"{FITS}/{name}/{self._version}"
-        self._helpers = LocalObjects(root.root, fsync=root.fsync, owner=f"fit-{name}")
-        self._objects = LocalObjects(root.root, fsync=root.fsync, owner=f"fit-{name}/{uuid.uuid4().hex}")
-        self._lock = WriterLock(self._objects.ready(f"{LOCKS}/fit-{name}"), f"{root.root}: fit '{name}'")
+        self._helpers = root.owned_by(f"fit-{name}")
+        self._objects = root.owned_by(f"fit-{name}/{uuid.uuid4().hex}")
+        self._lock = root.lock(f"fit-{name}", f"fit '{name}'")
         try:
             self._require_current()
             self._clear()
@@ -238,7 +238,7 @@ class FitWriter:
         documents = self._shape.documents()
 
         def put(key: str, *parts: bytes | memoryview) -> None:
-            self._objects.ready(key)
+            self._objects.make_room(key.rpartition("/")[0])
             self._objects.put(key, *parts)
 
         for array, values in small.items():
@@ -274,7 +274,7 @@ class FitWriter:
     def _prepare(self) -> None:
         self._objects.ready_temporary()
         for folder in self._folders():
-            self._objects.ready(f"{folder}/0")
+            self._objects.make_room(folder)
 
     def _clear(self) -> None:
         """Remove all but the version that exists; helpers that are still at a block cannot write it any more.
@@ -297,19 +297,19 @@ class FitWriter:
             if name == METADATA or self._objects.exists(f"{FITS}/{name}/{METADATA}"):
                 continue
             with contextlib.suppress(RunLockedError):
-                lock = WriterLock(self._objects.ready(f"{LOCKS}/fit-{name}"), name)
+                lock = self._objects.lock(f"fit-{name}", f"fit '{name}'")
                 if not self._objects.exists(f"{FITS}/{name}/{METADATA}"):
-                    LocalObjects(self._objects.root, owner=f"fit-{name}").clear_temporary()
+                    self._objects.owned_by(f"fit-{name}").clear_temporary()
                     self._objects.delete_tree(f"{FITS}/{name}")
                 lock.release()
 
 
-def fit_names(objects: LocalObjects) -> tuple[str, ...]:
+def fit_names(objects: Objects) -> tuple[str, ...]:
     """The fits that exist, by name."""
     return tuple(name for name in objects.names(FITS) if objects.exists(f"{FITS}/{name}/{METADATA}"))
 
 
-def open_fit(objects: LocalObjects, name: str, layout: ParameterLayout) -> StoredFit:
+def open_fit(objects: Objects, name: str, layout: ParameterLayout) -> StoredFit:
     """A saved fit; raises `UnknownNameError` naming those that exist, `DamagedRunError` for another run's."""
     if name not in fit_names(objects):
         known = ", ".join(fit_names(objects)) or "none"
@@ -333,7 +333,7 @@ def open_fit(objects: LocalObjects, name: str, layout: ParameterLayout) -> Store
         raise DamagedRunError(f"{objects.root}: {key} describes no fit ({error}); fit again by another name") from error
 
 
-def _saved(objects: LocalObjects, name: str) -> dict[str, Any]:
+def _saved(objects: Objects, name: str) -> dict[str, Any]:
     """The attributes of a fit as they are stored now; raises `ValueError` and the like where they are none."""
     saved = read_document(objects, f"{FITS}/{name}/{METADATA}")["attributes"][FIT_ATTRIBUTE]
     attributes: dict[str, Any] = saved["fit"]

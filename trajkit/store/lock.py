@@ -32,7 +32,7 @@ class WriterLock:
             os.close(descriptor)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise RunLockedError(f"{what} is being written by {_described(holder)}; wait for it or stop it") from error
+            raise RunLockedError(f"{what} is being written by {described(holder)}; wait for it or stop it") from error
         self.release = weakref.finalize(self, os.close, descriptor)
         os.register_at_fork(after_in_child=self.release)
         os.ftruncate(descriptor, 0)
@@ -42,6 +42,9 @@ class WriterLock:
     def held(self) -> bool:
         """Whether this object still holds the lock: not after `release`, and not in a forked child."""
         return self.release.alive
+
+    confirmed = held
+    """The system would have told us."""
 
 
 def is_locked(path: Path) -> bool:
@@ -71,7 +74,8 @@ def _lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _described(holder: bytes) -> str:
+def described(holder: bytes) -> str:
+    """Who a lock's content says that holds it."""
     try:
         found = json.loads(holder)
         return f"process {found['process']} on {found['host']}"

@@ -14,7 +14,8 @@ from typing import Any
 
 from ..digest import digest_of_file
 from ..errors import DamagedRunError
-from .format import TEMPORARY
+from .format import LOCKS, TEMPORARY
+from .lock import WriterLock, is_locked
 
 Bytes = bytes | memoryview
 
@@ -25,15 +26,26 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 SYNCS_AT_A_TIME = 8
 
 
+class DamagedObjectError(DamagedRunError):
+    """An object is not what was committed; who knows what it holds says so in its own words."""
+
+    def __init__(self, key: str, what: str) -> None:
+        super().__init__(f"object {key} {what}")
+        self.key = key
+        self.what = what
+
+
 class LocalObjects:
-    """The objects under one directory, by keys such as ``weights/c/12/0``.
+    """The objects under one directory, by keys such as ``weights/c/12/0``. See `trajkit.store.place.Objects`.
 
     With `fsync`, every write that returned has reached the disk, names of new files included once `sync_names` has
     returned. All access of the library passes through these few methods. None follows a symbolic link below the root:
     in the archive of a stranger it could lead anywhere.
     """
 
-    def __init__(self, root: Path, fsync: bool = True, owner: str | None = None) -> None:
+    at_a_time = 1
+
+    def __init__(self, root: str | os.PathLike[str], fsync: bool = True, owner: str | None = None) -> None:
         self.root = Path(os.path.abspath(root))  # a training may change its directory
         self.fsync = fsync
         owner = owner or uuid.uuid4().hex
@@ -44,6 +56,15 @@ class LocalObjects:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalObjects, (self.root, self.fsync, self._owner)
+
+    def owned_by(self, owner: str) -> LocalObjects:
+        """The same objects, with temporary files of another owner."""
+        return LocalObjects(self.root, self.fsync, owner)
+
+    @property
+    def files(self) -> Path:
+        """The directory below which `sound_file` has files, by key."""
+        return self.root
 
     def path(self, key: str) -> Path:
         """The file that holds an object; raises `DamagedRunError` where a symbolic link is on the way."""
@@ -74,6 +95,17 @@ class LocalObjects:
         """Hash of an object's content."""
         return digest_of_file(self.path(key))
 
+    def sound_file(self, key: str, length: int, hash: str) -> Path:  # noqa: A002 (as it is called everywhere else)
+        """The file that holds an object; raises `DamagedObjectError` unless it has this length and hash."""
+        found = self.size(key)
+        require_length(key, found, length)
+        try:
+            content = self.digest(key)
+        except FileNotFoundError as error:
+            raise DamagedObjectError(key, "is missing") from error
+        require_content(key, content, hash)
+        return self.path(key)
+
     def names(self, prefix: str) -> list[str]:
         """Names directly under a prefix, sorted; none where there is no such prefix."""
         try:
@@ -81,11 +113,12 @@ class LocalObjects:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def keys(self, prefix: str) -> Iterator[str]:
-        """Keys of all objects under a prefix, at any depth."""
+    def lengths(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Keys of all objects under a prefix, at any depth, and their lengths in bytes."""
         for folder, _, files in os.walk(self.path(prefix)):
             for name in files:
-                yield Path(folder, name).relative_to(self.root).as_posix()
+                with contextlib.suppress(FileNotFoundError):  # another process at work
+                    yield Path(folder, name).relative_to(self.root).as_posix(), os.lstat(Path(folder, name)).st_size
 
     def create(self, key: str, *parts: Bytes) -> None:
         """Write a new object; raises `FileExistsError` rather than touch an old one."""
@@ -131,6 +164,12 @@ class LocalObjects:
         """Delete an object if it exists."""
         self.path(key).unlink(missing_ok=True)
 
+    def move(self, key: str, target: str) -> None:
+        """Give an object another key, one that is free."""
+        os.rename(self.path(key), self.ready(target))
+        self._remember(self.path(target).parent)
+        self._remember(self.path(key).parent)
+
     def delete_tree(self, prefix: str) -> None:
         """Delete all objects under a prefix, and its folders as far as they are empty."""
         for folder, _, files in os.walk(self.path(prefix), topdown=False):
@@ -149,6 +188,18 @@ class LocalObjects:
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path(self._temporary_folder), self.path(gone))
             self.delete_tree(gone)
+
+    def make_room(self, prefix: str) -> None:
+        """Make the folder that `put` needs for objects under a prefix."""
+        self.ready(f"{prefix}/0")
+
+    def lock(self, name: str, what: str) -> WriterLock:
+        """A lock that nobody else has; raises `RunLockedError` naming who holds `what`."""
+        return WriterLock(self.ready(f"{LOCKS}/{name}"), f"{self.root}: {what}")
+
+    def is_locked(self, name: str) -> bool:
+        """Whether somebody holds the lock."""
+        return is_locked(self.path(f"{LOCKS}/{name}"))
 
     def ready(self, key: str) -> Path:
         """The file for an object to be written, with its folders made; their names are synced with the others."""
@@ -200,6 +251,19 @@ class LocalObjects:
             raise
         finally:
             os.close(descriptor)
+
+
+def require_length(key: str, found: int | None, committed: int) -> None:
+    """Raise `DamagedObjectError` unless an object is there and has the length that was committed."""
+    if found != committed:
+        state = "missing" if found is None else f"{found} bytes long"
+        raise DamagedObjectError(key, f"is {state}, {committed} bytes were committed")
+
+
+def require_content(key: str, found: str, committed: str) -> None:
+    """Raise `DamagedObjectError` unless an object has the hash that was committed."""
+    if found != committed:
+        raise DamagedObjectError(key, "does not have the content that was committed")
 
 
 def _fsync(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import DamagedRunError, InputError, RunNotFoundError, UnsupportedFormatError
 from ..layout import ParameterLayout
 from .format import ATTRIBUTE, BUFFERS, FORMAT, METADATA, METADATA_LIMIT, group_document
-from .objects import LocalObjects
+from .place import Objects
 
 
 def root_document(layout: ParameterLayout) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def with_arrays(root: dict[str, Any], documents: dict[str, dict[str, Any]]) -> d
     return {**root, "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes}}
 
 
-def layout_of_root(objects: LocalObjects) -> ParameterLayout:
+def layout_of_root(objects: Objects) -> ParameterLayout:
     """The layout of the run; raises `UnsupportedFormatError` if it has another format than this version reads."""
     attributes = read_document(objects, METADATA).get("attributes")
     ours = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
@@ -42,7 +42,7 @@ def layout_of_root(objects: LocalObjects) -> ParameterLayout:
     return ParameterLayout.from_json(ours.get("layout"))
 
 
-def read_document(objects: LocalObjects, key: str) -> dict[str, Any]:
+def read_document(objects: Objects, key: str) -> dict[str, Any]:
     """A ``zarr.json``; raises `DamagedRunError` where it is missing, too long or no JSON object."""
     length = objects.size(key)
     try:
@@ -56,7 +56,7 @@ def read_document(objects: LocalObjects, key: str) -> dict[str, Any]:
         raise DamagedRunError(f"{objects.root}: {key} cannot be read ({error}); restore it from a copy") from error
 
 
-def write_document(objects: LocalObjects, path: str, document: dict[str, Any]) -> None:
+def write_document(objects: Objects, path: str, document: dict[str, Any]) -> None:
     """Write the ``zarr.json`` of the node at `path`, over an older one if there is one."""
     objects.replace(f"{path}/{METADATA}" if path else METADATA, encoded(document, path))
 

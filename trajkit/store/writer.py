@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, PathExistsError
+from ..errors import InputError, PathExistsError, RunLockedError
 from ..layout import ParameterLayout, require_same_layout
 from .archive import checked_documents, read_all_records
 from .arrays import store, with_rows
@@ -37,9 +37,11 @@ from .format import (
     group_document,
     saves_enough,
 )
-from .lock import WriterLock, is_locked
-from .objects import LocalObjects
+from .place import Objects, PathLike, is_url, objects_at
 from .root import layout_of_root, read_document, root_document, with_arrays, write_document
+
+WRITER = "writer"
+"""The lock of whoever records, and the owner of its temporary files."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ class ArchiveWriter:
     something else. `records` are those of the committed epochs, `layout` is None before the first.
     """
 
-    def __init__(self, objects: LocalObjects) -> None:
+    def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self._writer = uuid.uuid4().hex
         self._require_ours()
-        self._lock = WriterLock(objects.ready(f"{LOCKS}/writer"), f"{objects.root}: the run")
+        self._lock = objects.lock(WRITER, "the run")
         self._one_at_a_time = threading.Lock()
         self.records: tuple[CommitRecord, ...] = ()
         self.layout: ParameterLayout | None = None
@@ -78,8 +80,8 @@ class ArchiveWriter:
             raise
 
     @property
-    def root(self) -> Path:
-        """The directory of the archive, absolute."""
+    def root(self) -> Path | str:
+        """The directory of the archive, absolute, or its URL."""
         return self._objects.root
 
     def close(self) -> None:
@@ -116,13 +118,23 @@ class ArchiveWriter:
             self._whole = False
             record = self._write(layout, values, probe_index)
             self._require_held()
-            self._objects.create_atomically(commit_key(record.row), record.to_bytes())
+            self._commit(record)
             self.records, self.layout = (*self.records, record), layout
             # The epoch is recorded. Where its shapes cannot grow now (a full disk), the next append makes up for it.
             with contextlib.suppress(OSError):
                 self._grow()
                 self._whole = True
             return record
+
+    def _commit(self, record: CommitRecord) -> None:
+        """Put the record where there is none; raises `RunLockedError` where somebody has taken the archive over."""
+        where = f"{self._objects.root}: epoch {record.epoch}"
+        try:
+            self._objects.create_atomically(commit_key(record.row), record.to_bytes())
+        except FileExistsError as error:
+            raise RunLockedError(f"{where}: another writer has recorded one here; open the run again") from error
+        if not self._lock.confirmed:
+            raise RunLockedError(f"{where}: another writer has taken the run over; open it again")
 
     def _write(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> CommitRecord:
         """All that comes before the commit point: the objects, unseen, and the record that will name them."""
@@ -215,16 +227,16 @@ class ArchiveWriter:
         self._objects.delete(f"{EPOCH}/{METADATA}")
 
     def _require_held(self) -> None:
-        if not self._lock.held:
+        if not (self._lock.held or self._lock.confirmed):  # nobody may have wanted a lease that ran out
             raise InputError(
-                f"{self._objects.root}: the writer is closed, or belongs to the process that this one was forked from;"
-                " record with a new one"
+                f"{self._objects.root}: the writer is closed, or has lost the run to another, or belongs to the process"
+                " that this one was forked from; record with a new one"
             )
 
     def _require_ours(self) -> None:
         """Refuse a directory that holds something else; nothing is ever written into it."""
         names = self._objects.names("")
-        if names and not self._objects.path(LOCKS).is_dir() and not self._objects.path(COMMITS).is_dir():
+        if names and not {LOCKS, COMMITS} & {f"{EPOCH}/{name}" for name in self._objects.names(EPOCH)}:
             raise PathExistsError(
                 f"{self._objects.root}: expected a run or an empty folder, found '{names[0]}';"
                 " choose another path for the run"
@@ -246,13 +258,13 @@ def _require_vectors(layout: ParameterLayout, values: EpochValues, where: str) -
             )
 
 
-def is_being_written(root: str | os.PathLike[str]) -> bool:
-    """Whether a writer holds the archive in directory `root`."""
-    return is_locked(LocalObjects(Path(root)).path(f"{LOCKS}/writer"))
+def is_being_written(place: PathLike) -> bool:
+    """Whether a writer holds the archive at a path or URL."""
+    return objects_at(place).is_locked(WRITER)
 
 
-def open_writer(root: Path, fsync: bool = True) -> ArchiveWriter:
-    """The writer of the archive in directory `root`, which is made if it does not exist."""
-    if root.exists() and not root.is_dir():
-        raise PathExistsError(f"{root}: expected a folder, found a file; choose another path for the run")
-    return ArchiveWriter(LocalObjects(root, fsync=fsync, owner="writer"))
+def open_writer(place: PathLike, fsync: bool = True) -> ArchiveWriter:
+    """The writer of the archive at a path or URL; it is made if it does not exist."""
+    if not is_url(place) and os.path.exists(place) and not os.path.isdir(place):
+        raise PathExistsError(f"{place}: expected a folder, found a file; choose another path for the run")
+    return ArchiveWriter(objects_at(place, fsync, owner=WRITER))
