@@ -12,6 +12,7 @@ import time
 import weakref
 from pathlib import Path
 
+from ..documents import parse, require_fields
 from ..errors import RunLockedError
 
 
@@ -73,7 +74,7 @@ def _lock(descriptor: int) -> None:
 
 def _described(holder: bytes) -> str:
     try:
-        found = json.loads(holder)
+        found = require_fields(parse(holder), {"process": int, "host": str})
         return f"process {found['process']} on {found['host']}"
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         return "another process"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, PathExistsError
 from ..layout import ParameterLayout, require_same_layout
-from .archive import checked_documents, read_all_records
+from .archive import committed_documents, read_all_records
 from .arrays import store, with_rows
 from .commit import CommitRecord, StoredObject
 from .format import (
@@ -39,7 +39,7 @@ from .format import (
 )
 from .lock import WriterLock, is_locked
 from .objects import LocalObjects
-from .root import layout_of_root, read_document, root_document, with_arrays, write_document
+from .root import layout_of_root, read_document, require_readable, root_document, with_arrays, write_document
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ArchiveWriter:
             self._whole = False
             record = self._write(layout, values, probe_index)
             self._require_held()
-            self._objects.create_atomically(commit_key(record.row), record.to_bytes())
+            self._objects.create_atomically(commit_key(record.row), require_readable(record.to_bytes(), where))
             self.records, self.layout = (*self.records, record), layout
             # The epoch is recorded. Where its shapes cannot grow now (a full disk), the next append makes up for it.
             with contextlib.suppress(OSError):
@@ -196,10 +196,10 @@ class ArchiveWriter:
             self._clear_unborn()
         else:
             self._root, self.layout = read_document(self._objects, METADATA), layout_of_root(self._objects)
-            self._documents = checked_documents(self._objects, self.layout)
+            self._documents = committed_documents(self._objects, self.layout, self.records)
             for path in self._documents.keys() - {PROBE_INDEX}:
                 for row in self._objects.names(f"{path}/c"):
-                    if row.isdigit() and int(row) >= len(self.records):
+                    if row.isdecimal() and int(row) >= len(self.records):
                         self._objects.delete_tree(f"{path}/c/{row}")
                         self._objects.delete(f"{path}/c/{row}")
             self._grow()
