@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import zarr
 
-from trajkit import Run, fit, open_run
+from trajkit import Run, documents, fit, open_run
 from trajkit.errors import DamagedRunError, InputError
-from trajkit.store import commit as store_commit
-from trajkit.store import root as store_root
 from trajkit.store.arrays import PYTHON_PIPELINE, RUST_PIPELINE, encode
+from trajkit.store.commit import read_records
 from trajkit.store.format import array_document
 from trajkit.store.objects import LocalObjects
 
@@ -106,13 +105,11 @@ def test_a_pipeline_that_the_user_has_set_changes_nothing(pipeline: str, digits_
 def test_metadata_that_is_too_long_is_neither_read_nor_written(
     digits_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(store_commit, "METADATA_LIMIT", 100)
-        with pytest.raises(DamagedRunError, match=r"commit record .* bytes, at most 100 are read"):
-            open_run(digits_run.path)
-    monkeypatch.setattr(store_root, "METADATA_LIMIT", 100)
+    monkeypatch.setattr(documents, "SIZE_LIMIT", 100)
     with pytest.raises(DamagedRunError, match=r"zarr.json cannot be read \(\d+ bytes, at most 100 are read\)"):
         open_run(digits_run.path)
-    with pytest.raises(InputError, match=r"has \d+ bytes, at most 100 are read again"):
+    with pytest.raises(DamagedRunError, match=r"commit record .* cannot be read \(\d+ bytes, at most 100 are read\)"):
+        read_records(digits_run.archive.objects)
+    with pytest.raises(InputError, match=r"could not be read again \(\d+ bytes, at most 100 are read\)"):
         fit(digits_run)
     assert digits_run.fits == ()

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .digest import canonical_json, digest
+from .documents import require_fields, require_kind, shown
 from .errors import LayoutError, UnknownNameError
 
 Kind = Literal["weight", "buffer"]
@@ -38,8 +39,21 @@ STORED_DTYPE: Mapping[str, str] = {
     "uint64": "uint64",
     "bool": "bool",
 }
+# What NumPy can shape, and more values than any disk holds; a product of lengths can overflow 64 bits.
+MOST_DIMENSIONS = 64
+MOST_VALUES = 2**48
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 ITEMSIZE: Mapping[str, int] = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name in STORED_DTYPE}
+
+STORED_FIELDS: Mapping[str, type] = {
+    "name": str,
+    "shape": list,
+    "dtype": str,
+    "kind": str,
+    "offset": int,
+    "trainable": bool,
+    "aliases": list,
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,8 @@ class ParameterLayout:
     def of(cls, tensors: Iterable[TensorEntry]) -> ParameterLayout:
         """Give each tensor its place, in the order given.
 
-        Raises `LayoutError` for a dtype that cannot be recorded, a name used twice, or a model without weights.
+        Raises `LayoutError` for a dtype or a shape that cannot be recorded, a name used twice or that is no text, or a
+        model without weights.
         """
         ends: dict[str, int] = {}
         entries: list[TensorEntry] = []
@@ -101,12 +116,17 @@ class ParameterLayout:
                     f"'{tensor.name}' is {tensor.dtype}, a {tensor.kind} can be recorded as {', '.join(recordable)};"
                     " convert it or leave it out"
                 )
+            _require_possible_shape(tensor)
             for name in tensor.names:
+                if not _is_text(name):
+                    raise LayoutError(f"{name!r} is no text, expected a name that UTF-8 can spell; rename the tensor")
                 if name in seen:
                     raise LayoutError(f"'{name}' appears twice, tensor names must be unique; rename one")
                 seen.add(name)
             placed = replace(tensor, offset=ends.get(tensor.vector, 0))
             ends[placed.vector] = placed.stop
+            if placed.stop > MOST_VALUES:
+                raise LayoutError(f"'{tensor.name}' ends at value {placed.stop}, at most {MOST_VALUES} can be recorded")
             entries.append(placed)
         if ends.get("weights", 0) == 0:
             raise LayoutError("the model has no weights, expected at least one parameter; nothing to record")
@@ -186,23 +206,11 @@ class ParameterLayout:
     def from_json(cls, document: Any) -> ParameterLayout:
         """Read `to_json`'s form; raises `LayoutError` if it is none, or its offsets do not follow from the shapes."""
         try:
-            stored = [
-                TensorEntry(
-                    name=_checked(item["name"], str),
-                    shape=tuple(_natural(length) for length in _checked(item["shape"], list)),
-                    dtype=_checked(item["dtype"], str),
-                    kind=item["kind"],
-                    trainable=_checked(item["trainable"], bool),
-                    aliases=tuple(_checked(alias, str) for alias in _checked(item["aliases"], list)),
-                )
-                for item in document
-            ]
-            if any(tensor.kind not in ("weight", "buffer") for tensor in stored):
-                raise ValueError("a tensor is neither weight nor buffer")
-            layout = cls.of(stored)
-            if [entry.offset for entry in layout.tensors] != [item["offset"] for item in document]:
+            items = [require_fields(item, STORED_FIELDS) for item in require_kind(document, list, "the layout")]
+            layout = cls.of(_entry(item) for item in items)
+            if [entry.offset for entry in layout.tensors] != [item["offset"] for item in items]:
                 raise ValueError("the offsets do not follow from the shapes")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except ValueError as error:
             raise LayoutError(
                 f"the stored layout is not a layout ({error}); the run is damaged, restore its zarr.json from a copy"
             ) from error
@@ -239,13 +247,40 @@ def require_same_layout(found: ParameterLayout, expected: ParameterLayout, where
     raise LayoutError(f"{where}: the tensors are in another order than in the run; {cure}")
 
 
-def _checked(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r} is not {kind.__name__}")
-    return value
+def _entry(item: Mapping[str, Any]) -> TensorEntry:
+    """A tensor from the fields that are stored of it; raises `ValueError` for values that no tensor has."""
+    if item["kind"] not in ("weight", "buffer"):
+        raise ValueError(f"a tensor is {shown(item['kind'])}, neither weight nor buffer")
+    return TensorEntry(
+        name=item["name"],
+        shape=tuple(_natural(length) for length in item["shape"]),
+        dtype=item["dtype"],
+        kind=item["kind"],
+        trainable=item["trainable"],
+        aliases=tuple(require_kind(alias, str, "an alias") for alias in item["aliases"]),
+    )
 
 
 def _natural(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a length")
-    return value
+    if require_kind(value, int, "a length") < 0:
+        raise ValueError(f"{value} is no length")
+    return int(value)
+
+
+def _require_possible_shape(tensor: TensorEntry) -> None:
+    if len(tensor.shape) > MOST_DIMENSIONS:
+        raise LayoutError(
+            f"'{tensor.name}' has {len(tensor.shape)} dimensions, at most {MOST_DIMENSIONS} can be recorded; reshape it"
+        )
+    if math.prod(max(length, 1) for length in tensor.shape) > MOST_VALUES:
+        raise LayoutError(
+            f"'{tensor.name}' has shape {tensor.shape}, at most {MOST_VALUES} values can be recorded; split it"
+        )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

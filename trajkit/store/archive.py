@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..digest import canonical_json
 from ..errors import DamagedRunError, RunNotFoundError
 from ..layout import ParameterLayout
 from .arrays import Reading, Region, VerifiedReader, keys_of, reading_of, with_rows
 from .commit import CommitRecord, read_records
-from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays
+from .expected import part, require_objects
+from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays, commit_key
 from .objects import DamagedObjectError
 from .place import Objects, PathLike, objects_at
 from .root import layout_of_root, read_document
@@ -41,18 +43,13 @@ class Archive:
         another format, `DamagedRunError` where metadata or commit records are damaged.
         """
         objects = objects_at(place)
-        root = objects.root
         if not objects.exists(METADATA):
             raise RunNotFoundError(f"{place}: no run here, expected a directory with a {METADATA}; check the path")
         layout = layout_of_root(objects)
         records = read_all_records(objects)
         if not records:
             raise RunNotFoundError(f"{place}: the run has no epoch yet; wait for the first one to be recorded")
-        if any(record.layout != layout.digest for record in records):
-            raise DamagedRunError(
-                f"{root}: the layout in {METADATA} is not the one that was recorded; restore {METADATA} from a copy"
-            )
-        documents = checked_documents(objects, layout)
+        documents = committed_documents(objects, layout, records)
         grown = {path: with_rows(document, len(records)) for path, document in documents.items()}
         return cls(objects, layout, records, grown | {PROBE_INDEX: documents[PROBE_INDEX]})
 
@@ -91,8 +88,14 @@ class Archive:
             self._reader.require_together(keys_of(path, self.documents[path], (rows, slice(*columns))))
 
     def read_probe_index(self) -> NDArray[np.int64]:
-        """(P,) indices of the probe weights."""
-        return self._read(PROBE_INDEX, (slice(0, self.documents[PROBE_INDEX]["shape"][0]),))
+        """(P,) rising indices of the probe weights; raises `DamagedRunError` where they are none."""
+        index = self._read(PROBE_INDEX, (slice(0, self.documents[PROBE_INDEX]["shape"][0]),))
+        if index[0] < 0 or index[-1] >= self.layout.n_weights or np.any(np.diff(index) <= 0):
+            raise DamagedRunError(
+                f"{self.objects.root}: {PROBE_INDEX} holds other numbers than rising indices of weights;"
+                " restore it from a copy of the run"
+            )
+        return index
 
     @property
     def reading(self) -> Reading:
@@ -142,6 +145,32 @@ def _reopened(root: str, n_rows: int, last_hash: str) -> Archive:
     )
 
 
+def committed_documents(
+    objects: Objects, layout: ParameterLayout, records: Sequence[CommitRecord]
+) -> dict[str, dict[str, Any]]:
+    """`checked_documents` of a run that has `records`, each of which names the objects of its row and no others.
+
+    Raises `DamagedRunError` naming the record that does not, or whose layout is another one.
+    """
+    if any(record.layout != layout.digest for record in records):
+        raise DamagedRunError(
+            f"{objects.root}: the layout in {METADATA} is not the one that was recorded; restore {METADATA} from a copy"
+        )
+    documents = checked_documents(objects, layout)
+    for record in records:
+        parts = [part(path, document, record.row) for path, document in documents.items() if path != PROBE_INDEX]
+        if record.row == 0:
+            parts.append(part(PROBE_INDEX, documents[PROBE_INDEX]))
+        try:
+            require_objects(record.objects, parts)
+        except ValueError as error:
+            raise DamagedRunError(
+                f"{objects.root}: commit record {commit_key(record.row)} is not what the layout asks for ({error});"
+                " restore it from a copy"
+            ) from error
+    return documents
+
+
 def checked_documents(objects: Objects, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
     """Path -> ``zarr.json`` of every array of a run, as stored, rows included.
 
@@ -182,15 +211,15 @@ def read_all_records(objects: Objects) -> tuple[CommitRecord, ...]:
 
 def _first_length(document: dict[str, Any]) -> int:
     shape = document.get("shape")
-    return shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else -1
+    return shape[0] if isinstance(shape, list) and shape and type(shape[0]) is int else -1
 
 
 def _same_array(stored: dict[str, Any], expected: dict[str, Any]) -> bool:
     """Whether a stored ``zarr.json`` describes the expected array; its length along the first axis is left open."""
     fixed = {key: value for key, value in expected.items() if key not in ("attributes", "shape")}
     shape = stored.get("shape")
-    return (
-        all(stored.get(key) == value for key, value in fixed.items())
-        and isinstance(shape, list)
-        and shape[1:] == list(expected["shape"][1:])
+    found = {key: stored.get(key) for key in fixed}
+    # Spelled, since 1.0 and true equal 1 in Python, and are no lengths.
+    return isinstance(shape, list) and canonical_json([found, shape[1:]]) == canonical_json(
+        [fixed, expected["shape"][1:]]
     )

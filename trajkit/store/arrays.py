@@ -25,6 +25,7 @@ from zarr.storage import LocalStore, MemoryStore, StorePath
 
 from ..errors import DamagedRunError
 from ..forks import in_forked_child
+from .coded import CodedArray, CodedDataError
 from .commit import StoredObject
 from .objects import DamagedObjectError
 from .place import Objects
@@ -100,6 +101,7 @@ class VerifiedReader:
         self._committed = committed
         self._files: dict[str, Future[str]] = {}
         self._raw: dict[str, RawArray | None] = {}
+        self._decodable: set[str] = set()
         self._arrays: dict[tuple[Reading, str], zarr.Array[Any]] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -119,6 +121,7 @@ class VerifiedReader:
         raw = self._raw_array(path, document)
         try:
             if raw is None:
+                self._require_decodable(document, files)
                 self._read_coded(path, document, region, out)
             else:
                 columns: Any = region[-1]
@@ -127,7 +130,7 @@ class VerifiedReader:
             key = os.path.relpath(str(error.filename), self._objects.files)
             self._files.pop(key, None)
             raise DamagedObjectError(key, "is missing") from error
-        except RawDataError as error:
+        except (RawDataError, CodedDataError) as error:
             raise DamagedRunError(f"{self._objects.root}: {path}: {error}") from error
         except (ValueError, RuntimeError, OSError) as error:
             raise DamagedRunError(f"{self._objects.root}: {path} cannot be decoded ({error})") from error
@@ -185,6 +188,13 @@ class VerifiedReader:
         if path not in self._raw:
             self._raw[path] = RawArray.of(document)
         return self._raw[path]
+
+    def _require_decodable(self, document: dict[str, Any], files: list[str]) -> None:
+        coded = CodedArray.of(document)
+        if coded is not None:
+            for file in set(files) - self._decodable:
+                coded.require_decodable(file)
+                self._decodable.add(file)
 
     def _read_coded(self, path: str, document: dict[str, Any], region: Region, out: NDArray[Any]) -> None:
         array = self._opened(path, document)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 from ..digest import ALGORITHM, canonical_json, digest
+from ..documents import parse, require_fields, require_kind
 from ..errors import DamagedRunError
-from .format import COMMITS, METADATA_LIMIT, commit_key, read_metrics, spell_metrics
+from .format import COMMITS, commit_key, read_metrics, spell_metrics
 from .place import Objects
+from .root import read_small
+
+RECORD_FIELDS: Mapping[str, type | UnionType] = {
+    "row": int,
+    "epoch": int,
+    "metrics": dict,
+    "recorded_at": str,
+    "seconds": int | float,
+    "layout": str,
+    "writer": str,
+    "previous": str | None,
+    "objects": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,13 @@ class StoredObject:
     def of(cls, *parts: bytes | memoryview) -> StoredObject:
         """What is known of an object with this content."""
         return cls(sum(map(len, parts)), digest(*parts))
+
+    @classmethod
+    def from_json(cls, stored: Any) -> StoredObject:
+        """What is known of an object from `[length, hash]`; raises `ValueError` for anything else."""
+        if not isinstance(stored, list) or len(stored) != 2:
+            raise ValueError("an object is not [length, hash]")
+        return cls(require_kind(stored[0], int, "a length"), require_kind(stored[1], str, "a hash"))
 
 
 @dataclass(frozen=True)
@@ -84,21 +105,18 @@ def read_records(objects: Objects) -> tuple[CommitRecord, ...]:
 
 
 def _decode(objects: Objects, row: int) -> tuple[CommitRecord, str]:
-    length = objects.size(commit_key(row))
-    if length is None or length > METADATA_LIMIT:
-        raise _damaged(objects, row, f"has {length} bytes, at most {METADATA_LIMIT} are read")
     try:
-        document = json.loads(objects.read(commit_key(row)))
-        fields: dict[str, Any] = document["record"]
+        document = require_fields(parse(read_small(objects, commit_key(row))), {"record": dict, ALGORITHM: str})
         own_hash = document[ALGORITHM]
-        if digest(canonical_json(fields)) != own_hash:
+        if digest(canonical_json(document["record"])) != own_hash:
             raise ValueError("its content does not match its hash")
-        if not isinstance(fields["epoch"], int) or not -(2**63) <= fields["epoch"] < 2**63:
-            raise ValueError(f"epoch {fields['epoch']!r} is no 64-bit integer")
+        fields = require_fields(document["record"], RECORD_FIELDS)
+        if not -(2**63) <= fields["epoch"] < 2**63:
+            raise ValueError(f"epoch {fields['epoch']} is no 64-bit integer")
         fields["metrics"] = read_metrics(fields["metrics"])
-        fields["objects"] = {key: StoredObject(*stored) for key, stored in fields["objects"].items()}
+        fields["objects"] = {key: StoredObject.from_json(stored) for key, stored in fields["objects"].items()}
         return CommitRecord(**fields), own_hash
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (ValueError, TypeError) as error:  # TypeError: a field that is not ours
         raise _damaged(objects, row, f"cannot be read ({error})") from error
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..documents import require_fields
 from ..errors import DamagedRunError
 from .format import EVALUATIONS, METADATA, group_document, read_metrics, spell_metrics
 from .place import Objects
-from .root import encoded, read_document, write_document
+from .root import attribute_of, encoded, read_document, write_document
 
 EVALUATION_ATTRIBUTE = "trajkit_evaluation"
 
@@ -45,17 +46,10 @@ class Evaluation:
         return {**vars(self), "epochs": epochs}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Evaluation:
-        """The inverse of `to_json`."""
-        epochs = tuple(
-            EvaluatedEpoch(
-                epoch=row["epoch"],
-                recorded=read_metrics(row["recorded"]),
-                modelled=None if row["modelled"] is None else read_metrics(row["modelled"]),
-            )
-            for row in fields["epochs"]
-        )
-        return cls(**{**fields, "epochs": epochs})
+    def from_json(cls, fields: Any) -> Evaluation:
+        """The inverse of `to_json`; raises `ValueError` for fields that are missing or no such values."""
+        require_fields(fields, {"function": str, "fit": str | None, "evaluated_at": str, "epochs": list})
+        return cls(fields["function"], fields["fit"], fields["evaluated_at"], tuple(map(_epoch, fields["epochs"])))
 
 
 def save_evaluation(objects: Objects, evaluation: Evaluation) -> None:
@@ -78,10 +72,16 @@ def read_evaluations(objects: Objects) -> tuple[Evaluation, ...]:
     for number in _numbers(objects):
         key = f"{EVALUATIONS}/{number}/{METADATA}"
         try:
-            evaluations.append(Evaluation.from_json(read_document(objects, key)["attributes"][EVALUATION_ATTRIBUTE]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            evaluations.append(Evaluation.from_json(attribute_of(read_document(objects, key), EVALUATION_ATTRIBUTE)))
+        except ValueError as error:
             raise DamagedRunError(f"{objects.root}: {key} holds no evaluation ({error}); remove its folder") from error
     return tuple(evaluations)
+
+
+def _epoch(stored: Any) -> EvaluatedEpoch:
+    row = require_fields(stored, {"epoch": int, "recorded": dict, "modelled": dict | None})
+    modelled = None if row["modelled"] is None else read_metrics(row["modelled"])
+    return EvaluatedEpoch(row["epoch"], read_metrics(row["recorded"]), modelled)
 
 
 def _numbers(objects: Objects) -> list[str]:

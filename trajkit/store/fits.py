@@ -24,30 +24,44 @@ layout's hash, and the hash of ``objects.json``.
 from __future__ import annotations
 
 import contextlib
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import UnionType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..digest import ALGORITHM, canonical_json, digest
+from ..documents import parse, require_fields, require_kind
 from ..errors import DamagedRunError, PathExistsError, RunLockedError, UnknownNameError
 from ..layout import ParameterLayout
 from .arrays import VerifiedReader, store
 from .commit import StoredObject
+from .expected import part, require_objects
 from .format import FITS, METADATA, array_document, group_document, require_name, result_rule
 from .objects import DamagedObjectError
 from .place import Objects
-from .root import encoded, read_document, write_document
+from .root import attribute_of, encoded, read_document, read_small, require_readable, write_document
 
 FIT_ATTRIBUTE = "trajkit_fit"
 RESULTS = {"mode": "uint16", "scale": "float32", "mean": "float64", "correlation": "float32"}
 MOMENTS = {"variation": "float64", "correlations": "float32"}
 """What a fit needs to take further epochs, beside its results."""
+INDICES = ("mode", "reference_index", "sample_index")
+FIT_FIELDS: Mapping[str, type | UnionType] = {
+    "version": int,
+    "layout": str,
+    "objects": str,
+    "epochs": list,
+    "modes": list,
+    "tensors": dict,
+    "settings": dict,
+    "n_samples": int,
+    "updatable": bool,
+}
 Stored = dict[str, StoredObject]
 
 
@@ -107,12 +121,17 @@ class StoredFit:
     def _reader(self) -> VerifiedReader:
         key = _objects_key(self._group)
         try:
-            table = self.objects.read(key)
-        except FileNotFoundError:
-            table = b""
-        if digest(table) != self.attributes["objects"]:
-            raise self._damaged(f"object {key} is not what was saved")
-        stored = {name: StoredObject(*values) for name, values in json.loads(table).items()}
+            table = read_small(self.objects, key)
+            if digest(table) != self.attributes["objects"]:
+                raise ValueError("another content")
+            stored = {
+                name: StoredObject.from_json(values)
+                for name, values in require_kind(parse(table), dict, "the table").items()
+            }
+            parts = [part(f"{self._group}/{array}", document) for array, document in self.documents.items()]
+            require_objects(stored, parts)
+        except ValueError as error:
+            raise self._damaged(f"object {key} is not what was saved ({error})") from error
         return VerifiedReader(self.objects, stored)
 
     def read(self, array: str, start: int | None = None, stop: int | None = None) -> NDArray[Any]:
@@ -124,9 +143,13 @@ class StoredFit:
         if not self._is_current():  # a fit may be removed and made again by the same name
             raise self._damaged("")
         try:
-            return self._reader.read(f"{self._group}/{array}", document, region)
+            values = self._reader.read(f"{self._group}/{array}", document, region)
         except DamagedObjectError as damage:
             raise self._damaged(str(damage)) from None
+        limit = {"mode": self.shape.n_modes}.get(array, self.shape.n_weights)
+        if array in INDICES and values.size and not 0 <= values.min() <= values.max() < limit:
+            raise self._damaged(f"'{array}' has {values.min()} to {values.max()}, expected 0 to {limit - 1}")
+        return values
 
     @property
     def _group(self) -> str:
@@ -136,7 +159,7 @@ class StoredFit:
         """Whether the run still has this fit, in this version."""
         try:
             return bool(_saved(self.objects, self.name)["objects"] == self.attributes["objects"])
-        except (OSError, KeyError, TypeError, ValueError):
+        except (OSError, ValueError):
             return False
 
     def _damaged(self, what: str) -> DamagedRunError:
@@ -245,6 +268,7 @@ class FitWriter:
             region = (slice(None),) * values.ndim
             stored = stored | store(put, f"{self._group}/{array}", documents[array], region, values)
         table = canonical_json({key: [item.length, item.hash] for key, item in stored.items()})
+        require_readable(table, f"fit '{self.name}'")
         written = {_objects_key(self._group): table}
         groups = {f"{self._group}/{array}": document for array, document in documents.items()}
         for path, document in {self._group: group_document(), **groups}.items():
@@ -318,6 +342,7 @@ def open_fit(objects: Objects, name: str, layout: ParameterLayout) -> StoredFit:
         attributes = _saved(objects, name)
         if attributes["layout"] != layout.digest:
             raise ValueError("it belongs to a run of another layout")
+        _require_values(attributes)
         shape = FitShape(
             n_weights=layout.n_weights,
             n_epochs=len(attributes["epochs"]),
@@ -325,21 +350,33 @@ def open_fit(objects: Objects, name: str, layout: ParameterLayout) -> StoredFit:
             n_samples=attributes["n_samples"],
             updatable=attributes["updatable"],
         )
-        if not all(isinstance(value, int) and value >= 0 for value in (*vars(shape).values(), attributes["version"])):
-            raise ValueError("its numbers are no numbers")
         return StoredFit(objects, name, attributes, shape, shape.documents())
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         key = f"{FITS}/{name}/{METADATA}"
         raise DamagedRunError(f"{objects.root}: {key} describes no fit ({error}); fit again by another name") from error
 
 
 def _saved(objects: Objects, name: str) -> dict[str, Any]:
-    """The attributes of a fit as they are stored now; raises `ValueError` and the like where they are none."""
-    saved = read_document(objects, f"{FITS}/{name}/{METADATA}")["attributes"][FIT_ATTRIBUTE]
-    attributes: dict[str, Any] = saved["fit"]
-    if digest(canonical_json(attributes)) != saved[ALGORITHM]:
+    """The attributes of a fit as they are stored now; raises `ValueError` where they are none."""
+    document = read_document(objects, f"{FITS}/{name}/{METADATA}")
+    saved = require_fields(attribute_of(document, FIT_ATTRIBUTE), {"fit": dict, ALGORITHM: str})
+    if digest(canonical_json(saved["fit"])) != saved[ALGORITHM]:
         raise ValueError("its content does not match its hash")
-    return attributes
+    return require_fields(saved["fit"], FIT_FIELDS)
+
+
+def _require_values(attributes: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where the lists in a fit's attributes hold other things than they should."""
+    epochs = [require_kind(epoch, int, "an epoch") for epoch in attributes["epochs"]]
+    if not epochs or epochs != sorted(set(epochs)) or not -(2**63) <= epochs[0] <= epochs[-1] < 2**63:
+        raise ValueError("its epochs are not rising integers of 64 bits")
+    if not attributes["modes"] or attributes["n_samples"] < 1 or attributes["version"] < 0:
+        raise ValueError("it has no modes, no samples or no version")
+    for quality in (*attributes["modes"], *attributes["tensors"].values()):
+        if len(require_kind(quality, list, "a quality")) != 3:
+            raise ValueError("a quality is not three numbers")
+        for number in quality:
+            require_kind(number, int | float, "a part of a quality")
 
 
 def _objects_key(group: str) -> str:

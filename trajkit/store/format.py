@@ -54,6 +54,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
+from ..documents import require_kind, shown
 from ..errors import InputError
 from ..layout import ParameterLayout
 
@@ -70,13 +71,14 @@ EVALUATIONS = "evaluations"
 COMMITS = "epoch/commits"
 LOCKS = "epoch/locks"
 TEMPORARY = "epoch/tmp"
+BAD = "epoch/bad"
+ASIDE = "epoch/aside"
 METADATA = "zarr.json"
 
 PROBE_SIZE = 16384
 COLUMN_GRID = 8192
 CHUNK_VALUES = 16 * COLUMN_GRID
 SHARD_CHUNKS = 128
-METADATA_LIMIT = 64 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -208,7 +210,13 @@ def spell_metrics(metrics: Mapping[str, float]) -> dict[str, float | str]:
 
 def read_metrics(spelled: Mapping[str, Any]) -> dict[str, float]:
     """The inverse of `spell_metrics`; raises `ValueError` for what is no number."""
-    return {name: float(value) for name, value in spelled.items()}
+    return {name: _number(value) for name, value in spelled.items()}
+
+
+def _number(spelled: Any) -> float:
+    if isinstance(spelled, str) and spelled not in ("NaN", "Infinity", "-Infinity"):
+        raise ValueError(f"{shown(spelled)} is no number")
+    return float(require_kind(spelled, int | float | str, "a metric"))
 
 
 def saves_enough(first_epoch: NDArray[np.float32]) -> bool:

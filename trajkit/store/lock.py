@@ -12,6 +12,7 @@ import time
 import weakref
 from pathlib import Path
 
+from ..documents import parse, require_fields
 from ..errors import RunLockedError
 
 
@@ -77,7 +78,7 @@ def _lock(descriptor: int) -> None:
 def described(holder: bytes) -> str:
     """Who a lock's content says that holds it."""
     try:
-        found = json.loads(holder)
+        found = require_fields(parse(holder), {"process": int, "host": str})
         return f"process {found['process']} on {found['host']}"
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         return "another process"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
@@ -67,13 +68,19 @@ class LocalObjects:
         return self.root
 
     def path(self, key: str) -> Path:
-        """The file that holds an object; raises `DamagedRunError` where a symbolic link is on the way."""
+        """The file that holds an object; raises `DamagedRunError` where a symbolic link or a device is on the way."""
         target = self.root / key
         here = self.root
         for part in Path(key).parts:
             here = here / part
-            if here.is_symlink():
+            try:
+                mode = os.lstat(here).st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                break
+            if stat.S_ISLNK(mode):
                 raise DamagedRunError(f"{here}: a symbolic link inside a run, expected none; put the data in its place")
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a pipe waits for ever
+                raise DamagedRunError(f"{here}: a pipe, socket or device inside a run, expected a file; remove it")
         return target
 
     def exists(self, key: str) -> bool:
@@ -83,9 +90,10 @@ class LocalObjects:
     def size(self, key: str) -> int | None:
         """Length in bytes, None where there is no such object."""
         try:
-            return os.stat(self.path(key)).st_size
+            found = os.stat(self.path(key))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def read(self, key: str) -> bytes:
         """All bytes of an object."""
@@ -202,13 +210,21 @@ class LocalObjects:
         return is_locked(self.path(f"{LOCKS}/{name}"))
 
     def ready(self, key: str) -> Path:
-        """The file for an object to be written, with its folders made; their names are synced with the others."""
+        """The file for an object to be written, with its folders made; their names are synced with the others.
+
+        Raises `DamagedRunError` where a file stands in the place of a folder, or a folder in that of the file.
+        """
         target = self.path(key)
+        if target.is_dir():
+            raise DamagedRunError(f"{target}: a folder, expected a file or nothing; remove it")
         folder = target.parent
         while not folder.is_dir():
             self._remember(folder.parent)
             folder = folder.parent
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise DamagedRunError(f"{folder}: a file, expected a folder or nothing; remove it") from error
         return target
 
     def sync(self, keys: Iterable[str]) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..documents import parse, require_fields, require_size, shown
 from ..errors import DamagedRunError, InputError, RunNotFoundError, UnsupportedFormatError
 from ..layout import ParameterLayout
-from .format import ATTRIBUTE, BUFFERS, FORMAT, METADATA, METADATA_LIMIT, group_document
+from .format import ATTRIBUTE, BUFFERS, FORMAT, METADATA, group_document
 from .place import Objects
 
 
@@ -31,29 +32,42 @@ def with_arrays(root: dict[str, Any], documents: dict[str, dict[str, Any]]) -> d
 
 def layout_of_root(objects: Objects) -> ParameterLayout:
     """The layout of the run; raises `UnsupportedFormatError` if it has another format than this version reads."""
-    attributes = read_document(objects, METADATA).get("attributes")
-    ours = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
-    if not isinstance(ours, dict) or "format" not in ours:
-        raise RunNotFoundError(f"{objects.root}: a Zarr node, but not a run of trajkit; check the path")
+    root = read_document(objects, METADATA)
+    try:
+        ours = require_fields(attribute_of(root, ATTRIBUTE), {"format": object})
+    except ValueError:
+        raise RunNotFoundError(f"{objects.root}: a Zarr node, but not a run of trajkit; check the path") from None
     if ours["format"] != FORMAT:
         raise UnsupportedFormatError(
-            f"{objects.root}: the run has format {ours['format']}, this version reads format {FORMAT}; update trajkit"
+            f"{objects.root}: the run has format {shown(ours['format'])}, this version reads format {FORMAT};"
+            " update trajkit"
         )
     return ParameterLayout.from_json(ours.get("layout"))
 
 
+def attribute_of(document: dict[str, Any], name: str) -> Any:
+    """An attribute in a ``zarr.json``; raises `ValueError` where there is none."""
+    return require_fields(document.get("attributes"), {name: object})[name]
+
+
 def read_document(objects: Objects, key: str) -> dict[str, Any]:
-    """A ``zarr.json``; raises `DamagedRunError` where it is missing, too long or no JSON object."""
-    length = objects.size(key)
+    """A ``zarr.json``; raises `DamagedRunError` where it is missing, beyond a cap of `documents` or no JSON object."""
     try:
-        if length is None or length > METADATA_LIMIT:
-            raise ValueError("missing" if length is None else f"{length} bytes, at most {METADATA_LIMIT} are read")
-        document = json.loads(objects.read(key))
+        document = parse(read_small(objects, key))
         if not isinstance(document, dict):
             raise ValueError("not a JSON object")
         return document
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedRunError(f"{objects.root}: {key} cannot be read ({error}); restore it from a copy") from error
+
+
+def read_small(objects: Objects, key: str) -> bytes:
+    """The bytes of a document; raises `ValueError` where it is missing, or longer than any that is read."""
+    length = objects.size(key)
+    if length is None:
+        raise ValueError("missing")
+    require_size(length)
+    return objects.read(key)
 
 
 def write_document(objects: Objects, path: str, document: dict[str, Any]) -> None:
@@ -62,11 +76,16 @@ def write_document(objects: Objects, path: str, document: dict[str, Any]) -> Non
 
 
 def encoded(document: dict[str, Any], path: str) -> bytes:
-    """A ``zarr.json`` as stored; raises `InputError` where it would be too long to be read again."""
-    data = json.dumps(document, indent=2, allow_nan=False).encode()
-    if len(data) > METADATA_LIMIT:
+    """A ``zarr.json`` as stored; raises `InputError` where it could not be read again."""
+    return require_readable(json.dumps(document, indent=2, allow_nan=False).encode(), path or "the run")
+
+
+def require_readable(data: bytes, what: str) -> bytes:
+    """`data`, if it can be read again as a document; raises `InputError`."""
+    try:
+        parse(data)
+    except ValueError as error:
         raise InputError(
-            f"the metadata of {path or 'the run'} has {len(data)} bytes, at most {METADATA_LIMIT} are read again;"
-            " record fewer tensors or evaluate fewer metrics"
-        )
+            f"the metadata of {what} could not be read again ({error}); record fewer tensors or metrics, by plain names"
+        ) from error
     return data

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, PathExistsError, RunLockedError
 from ..layout import ParameterLayout, require_same_layout
-from .archive import checked_documents, read_all_records
+from .archive import committed_documents, read_all_records
 from .arrays import store, with_rows
 from .commit import CommitRecord, StoredObject
 from .format import (
@@ -38,7 +38,7 @@ from .format import (
     saves_enough,
 )
 from .place import Objects, PathLike, is_url, objects_at
-from .root import layout_of_root, read_document, root_document, with_arrays, write_document
+from .root import layout_of_root, read_document, require_readable, root_document, with_arrays, write_document
 
 WRITER = "writer"
 """The lock of whoever records, and the owner of its temporary files."""
@@ -130,7 +130,7 @@ class ArchiveWriter:
         """Put the record where there is none; raises `RunLockedError` where somebody has taken the archive over."""
         where = f"{self._objects.root}: epoch {record.epoch}"
         try:
-            self._objects.create_atomically(commit_key(record.row), record.to_bytes())
+            self._objects.create_atomically(commit_key(record.row), require_readable(record.to_bytes(), where))
         except FileExistsError as error:
             raise RunLockedError(f"{where}: another writer has recorded one here; open the run again") from error
         if not self._lock.confirmed:
@@ -208,10 +208,10 @@ class ArchiveWriter:
             self._clear_unborn()
         else:
             self._root, self.layout = read_document(self._objects, METADATA), layout_of_root(self._objects)
-            self._documents = checked_documents(self._objects, self.layout)
+            self._documents = committed_documents(self._objects, self.layout, self.records)
             for path in self._documents.keys() - {PROBE_INDEX}:
                 for row in self._objects.names(f"{path}/c"):
-                    if row.isdigit() and int(row) >= len(self.records):
+                    if row.isdecimal() and int(row) >= len(self.records):
                         self._objects.delete_tree(f"{path}/c/{row}")
                         self._objects.delete(f"{path}/c/{row}")
             self._grow()
