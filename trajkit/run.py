@@ -72,6 +72,11 @@ class Run:
         """(E,) recorded labels, rising."""
         return np.array([record.epoch for record in self.archive.records], dtype=np.int64)
 
+    @property
+    def bad_epochs(self) -> tuple[int, ...]:
+        """Epochs that `repair` has found damaged, rising; what takes all epochs leaves them out."""
+        return tuple(self.epochs[sorted(self.archive.marks)].tolist())
+
     @cached_property
     def metrics(self) -> dict[int, dict[str, float]]:
         """Epoch -> the metrics recorded with it."""
@@ -96,9 +101,12 @@ class Run:
         return row
 
     def rows_of(self, epochs: Iterable[int] | None) -> NDArray[np.int64]:
-        """(e,) rising positions of the given epochs, of all when None; raises `InputError` for one named twice."""
+        """(e,) rising positions of the given epochs, of all but the bad ones when None.
+
+        Raises `InputError` for an epoch named twice.
+        """
         if epochs is None:
-            return np.arange(len(self.epochs), dtype=np.int64)
+            return np.array([row for row in range(len(self.epochs)) if row not in self.archive.marks], dtype=np.int64)
         if isinstance(epochs, str) or not isinstance(epochs, Iterable):
             raise InputError(f"epochs is {epochs!r}, expected several integers; pass a list or a range")
         rows = np.array(sorted(self.row_of(_label(epoch)) for epoch in epochs), dtype=np.int64)

@@ -49,7 +49,8 @@ def update(
     run = run if isinstance(run, Run) else open_run(run)
     previous = run.fit(name)
     fitted_rows = run.rows_of(previous.epochs)
-    further = np.flatnonzero(run.epochs > previous.epochs[-1])
+    sound = run.rows_of(None)
+    further = sound[run.epochs[sound] > previous.epochs[-1]]
     if further.size == 0:
         return previous
     new_reference = run.columns(previous.reference_index, further)
@@ -114,7 +115,7 @@ def follow(
                     known = run.fit(name)
                     if last is None:
                         _require_settings(known, settings)
-                    if run.epochs[-1] > known.epochs[-1]:
+                    if np.any(run.epochs[run.rows_of(None)] > known.epochs[-1]):
                         last = update(run, name, progress, memory=memory, scheduler=chosen)
                         yield last
                     elif last is None and not recording:

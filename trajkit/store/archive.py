@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,9 +15,10 @@ from ..digest import canonical_json
 from ..errors import DamagedRunError, RunNotFoundError
 from ..layout import ParameterLayout
 from .arrays import Reading, Region, VerifiedReader, keys_of, reading_of, with_rows
-from .commit import CommitRecord, read_records
+from .commit import CommitRecord, LostRecord, read_records
+from .damage import Mark, read_marks
 from .expected import part, require_objects
-from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays, commit_key
+from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays, chunk_rule, commit_key
 from .objects import DamagedObjectError
 from .place import Objects, PathLike, objects_at
 from .root import layout_of_root, read_document
@@ -34,6 +35,8 @@ class Archive:
     records: tuple[CommitRecord, ...]
     documents: dict[str, dict[str, Any]]
     """Path -> ``zarr.json`` of every array, with exactly the committed rows."""
+    marks: Mapping[int, Mark]
+    """Rows that `repair` has found damaged."""
 
     @classmethod
     def open(cls, place: PathLike) -> Archive:
@@ -46,12 +49,13 @@ class Archive:
         if not objects.exists(METADATA):
             raise RunNotFoundError(f"{place}: no run here, expected a directory with a {METADATA}; check the path")
         layout = layout_of_root(objects)
-        records = read_all_records(objects)
+        marks = read_marks(objects)
+        records = read_all_records(objects, marks)
         if not records:
             raise RunNotFoundError(f"{place}: the run has no epoch yet; wait for the first one to be recorded")
         documents = committed_documents(objects, layout, records)
         grown = {path: with_rows(document, len(records)) for path, document in documents.items()}
-        return cls(objects, layout, records, grown | {PROBE_INDEX: documents[PROBE_INDEX]})
+        return cls(objects, layout, records, grown | {PROBE_INDEX: documents[PROBE_INDEX]}, marks)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -111,21 +115,22 @@ class Archive:
         try:
             yield
         except DamagedObjectError as damage:
-            raise DamagedRunError(f"{self._place(damage.key)}{damage}; restore it from a copy of the run") from None
+            where = place_of(damage.key, self.layout, self.records)
+            raise DamagedRunError(
+                f"{self.objects.root}: {where}{damage}; restore it from a copy of the run, or trajkit repair"
+            ) from None
 
-    def _place(self, key: str) -> str:
-        """Where an object belongs: run, epoch and tensors."""
-        path, _, position = key.partition("/c/")
-        indices = [int(index) for index in position.split("/")]
-        place = f"{self.objects.root}: "
-        if path != PROBE_INDEX:
-            place += f"epoch {self.records[indices[0]].epoch}: "
-        if path == WEIGHTS:
-            width = self.documents[path]["chunk_grid"]["configuration"]["chunk_shape"][1]
-            first = self.layout.weight_at(indices[1] * width)
-            last = self.layout.weight_at(min((indices[1] + 1) * width, self.layout.n_weights) - 1)
-            place += f"'{first}': " if first == last else f"'{first}' to '{last}': "
-        return place
+
+def place_of(key: str, layout: ParameterLayout, records: Sequence[CommitRecord]) -> str:
+    """Where an object of an array belongs, for a message: epoch and tensors."""
+    path, _, position = key.partition("/c/")
+    indices = [int(index) for index in position.split("/")]
+    place = "" if path == PROBE_INDEX else f"epoch {records[indices[0]].epoch}: "
+    if path == WEIGHTS:
+        columns = chunk_rule(layout.n_weights).objects()[indices[1]]
+        first, last = layout.weight_at(columns.start), layout.weight_at(columns.stop - 1)
+        place += f"'{first}': " if first == last else f"'{first}' to '{last}': "
+    return place
 
 
 @lru_cache(maxsize=8)
@@ -142,6 +147,7 @@ def _reopened(root: str, n_rows: int, last_hash: str) -> Archive:
             path: document if path == PROBE_INDEX else with_rows(document, n_rows)
             for path, document in archive.documents.items()
         },
+        archive.marks,
     )
 
 
@@ -158,6 +164,8 @@ def committed_documents(
         )
     documents = checked_documents(objects, layout)
     for record in records:
+        if isinstance(record, LostRecord):
+            continue
         parts = [part(path, document, record.row) for path, document in documents.items() if path != PROBE_INDEX]
         if record.row == 0:
             parts.append(part(PROBE_INDEX, documents[PROBE_INDEX]))
@@ -191,7 +199,7 @@ def checked_documents(objects: Objects, layout: ParameterLayout) -> dict[str, di
     return stored
 
 
-def read_all_records(objects: Objects) -> tuple[CommitRecord, ...]:
+def read_all_records(objects: Objects, marks: Mapping[int, Mark]) -> tuple[CommitRecord, ...]:
     """All commit records; raises `DamagedRunError` where an array shows more epochs: shapes never run ahead."""
     # The shapes first: a writer may commit between the two reads.
     shown = {
@@ -199,7 +207,7 @@ def read_all_records(objects: Objects) -> tuple[CommitRecord, ...]:
         for path in (EPOCH, WEIGHTS)
         if objects.exists(f"{path}/{METADATA}")
     }
-    records = read_records(objects)
+    records = read_records(objects, marks)
     for path, rows in shown.items():
         if rows > len(records):
             raise DamagedRunError(

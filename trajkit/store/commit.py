@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from ..digest import ALGORITHM, canonical_json, digest
 from ..documents import parse, require_fields, require_kind
 from ..errors import DamagedRunError
+from .damage import Damage, Mark
 from .format import COMMITS, commit_key, read_metrics, spell_metrics
 from .place import Objects
 from .root import read_small
@@ -25,6 +28,10 @@ RECORD_FIELDS: Mapping[str, type | UnionType] = {
     "previous": str | None,
     "objects": dict,
 }
+
+RECORD = "commit record "
+MOST_MISSING = 10_000
+_NAME = re.compile(r"\d{8}\.json")
 
 
 @dataclass(frozen=True)
@@ -81,44 +88,74 @@ class CommitRecord:
         return sum(stored.length for stored in self.objects.values())
 
 
-def read_records(objects: Objects) -> tuple[CommitRecord, ...]:
+@dataclass(frozen=True)
+class LostRecord(CommitRecord):
+    """Stands for a commit record that is lost, see `trajkit.store.damage.Mark`: it names no objects."""
+
+    @classmethod
+    def of(cls, mark: Mark) -> LostRecord:
+        """What a mark knows of the record."""
+        return cls(mark.row, mark.epoch, {}, "", 0.0, str(mark.layout), "", None, {})
+
+
+def read_records(objects: Objects, marks: Mapping[int, Mark]) -> tuple[CommitRecord, ...]:
     """All commit records, each checked against its hash, its place and its predecessor.
 
     Raises `DamagedRunError` naming the first record that is damaged, or missing while a later one exists.
     """
-    names = [name for name in objects.names(COMMITS) if name.endswith(".json")]
-    expected = [commit_key(row).rpartition("/")[2] for row in range(len(names))]
-    if names != expected:
-        missing = next(name for name in expected if name not in names)
-        raise DamagedRunError(
-            f"{objects.root}: commit record {COMMITS}/{missing} is missing, later ones exist; restore it from a copy"
-        )
     records: list[CommitRecord] = []
-    previous: str | None = None
-    for row in range(len(names)):
-        record, own_hash = _decode(objects, row)
-        if record.row != row or record.previous != previous or (records and record.epoch <= records[-1].epoch):
-            raise _damaged(objects, row, "does not follow the record before it")
-        records.append(record)
-        previous = own_hash
+    for found in examine_records(objects, marks):
+        if isinstance(found, Damage):
+            raise DamagedRunError(f"{objects.root}: {found}")
+        records.append(found)
     return tuple(records)
 
 
-def _decode(objects: Objects, row: int) -> tuple[CommitRecord, str]:
+def examine_records(objects: Objects, marks: Mapping[int, Mark]) -> Iterator[CommitRecord | Damage]:
+    """The commit record of each row, or what is wrong with it; a `LostRecord` where a mark says that it is lost."""
+    rows = [int(name[:8]) for name in objects.names(COMMITS) if _NAME.fullmatch(name)]
+    rows += [row for row, mark in marks.items() if mark.layout is not None]
+    n_rows = max(rows, default=-1) + 1
+    if n_rows > MOST_MISSING + len(rows):
+        raise DamagedRunError(
+            f"{objects.root}: {commit_key(n_rows - 1)} is there, {n_rows - len(set(rows))} records before it are"
+            " missing; restore epoch/commits from a copy of the run"
+        )
+    with ThreadPoolExecutor(objects.at_a_time) as pool:
+        previous: CommitRecord | Damage | None = None
+        for row, found in enumerate(pool.map(lambda row: _record_of(objects, row, marks.get(row)), range(n_rows))):
+            if isinstance(found, CommitRecord) and not _follows(found, row, previous):
+                found = Damage(commit_key(row), "does not follow the record before it", RECORD, row=row)
+            yield found
+            previous = found
+
+
+def _record_of(objects: Objects, row: int, mark: Mark | None) -> CommitRecord | Damage:
     try:
-        document = require_fields(parse(read_small(objects, commit_key(row))), {"record": dict, ALGORITHM: str})
-        own_hash = document[ALGORITHM]
-        if digest(canonical_json(document["record"])) != own_hash:
-            raise ValueError("its content does not match its hash")
-        fields = require_fields(document["record"], RECORD_FIELDS)
-        if not -(2**63) <= fields["epoch"] < 2**63:
-            raise ValueError(f"epoch {fields['epoch']} is no 64-bit integer")
-        fields["metrics"] = read_metrics(fields["metrics"])
-        fields["objects"] = {key: StoredObject.from_json(stored) for key, stored in fields["objects"].items()}
-        return CommitRecord(**fields), own_hash
+        return _decode(objects, row)
     except (ValueError, TypeError) as error:  # TypeError: a field that is not ours
-        raise _damaged(objects, row, f"cannot be read ({error})") from error
+        if mark is not None and mark.layout is not None:
+            return LostRecord.of(mark)
+        missing = not objects.exists(commit_key(row))
+        what = "is missing, later ones exist" if missing else f"cannot be read ({error})"
+        return Damage(commit_key(row), what, RECORD, row=row)
 
 
-def _damaged(objects: Objects, row: int, what: str) -> DamagedRunError:
-    return DamagedRunError(f"{objects.root}: commit record {commit_key(row)} {what}; restore it from a copy")
+def _follows(record: CommitRecord, row: int, before: CommitRecord | Damage | None) -> bool:
+    """Whether a record belongs behind the one before it, as far as that is known."""
+    if record.row != row or (isinstance(before, CommitRecord) and record.epoch <= before.epoch):
+        return False
+    known = not isinstance(record, LostRecord) and not isinstance(before, LostRecord | Damage)
+    return not known or record.previous == (before.hash if isinstance(before, CommitRecord) else None)
+
+
+def _decode(objects: Objects, row: int) -> CommitRecord:
+    document = require_fields(parse(read_small(objects, commit_key(row))), {"record": dict, ALGORITHM: str})
+    if digest(canonical_json(document["record"])) != document[ALGORITHM]:
+        raise ValueError("its content does not match its hash")
+    fields = require_fields(document["record"], RECORD_FIELDS)
+    if not -(2**63) <= fields["epoch"] < 2**63:
+        raise ValueError(f"epoch {fields['epoch']} is no 64-bit integer")
+    fields["metrics"] = read_metrics(fields["metrics"])
+    fields["objects"] = {key: StoredObject.from_json(stored) for key, stored in fields["objects"].items()}
+    return CommitRecord(**fields)

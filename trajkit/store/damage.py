@@ -1,14 +1,19 @@
-"""What is damaged, and the marks of epochs that are: ``epoch/bad/<row, 8 digits>.json``, written by repair."""
+"""What is damaged, and the marks of epochs that are: ``epoch/bad/<row, 8 digits>.json``, written by `repair`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import UnionType
 
+from ..documents import parse, require_fields
 from ..errors import DamagedRunError
-from .format import BAD, METADATA_LIMIT
+from .format import BAD
 from .place import Objects
+from .root import read_small
+
+MARK_FIELDS: Mapping[str, type | UnionType] = {"row": int, "epoch": int, "what": str, "layout": str | None}
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,11 @@ class Damage:
     key: str
     what: str
     place: str = ""
-    cure: str = "trajkit repair, or restore it from a copy of the run"
+    cure: str = "restore it from a copy of the run, or trajkit repair"
     row: int | None = None
     """Of the epoch that cannot be read for it."""
-    fit: str | None = None
-    """That cannot be read for it."""
+    aside: str | None = None
+    """What cannot be used for it and can be moved aside: the prefix of a fit or an evaluation."""
 
     def __str__(self) -> str:
         return f"{self.place}{self.key} {self.what}; {self.cure}"
@@ -30,7 +35,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Mark:
-    """Says that an epoch is damaged. `layout` is set where its commit record is lost."""
+    """Says that an epoch is damaged. `layout` is the run's where the commit record itself is lost."""
 
     row: int
     epoch: int
@@ -47,20 +52,16 @@ def mark_key(row: int) -> str:
     return f"{BAD}/{row:08d}.json"
 
 
-def read_marks(objects: Objects) -> Mapping[int, Mark]:
+def read_marks(objects: Objects) -> dict[int, Mark]:
     """Row -> mark; raises `DamagedRunError` for one that cannot be read."""
     marks: dict[int, Mark] = {}
     for name in objects.names(BAD):
         key = f"{BAD}/{name}"
         try:
-            if (objects.size(key) or 0) > METADATA_LIMIT:
-                raise ValueError("it is too long")
-            mark = Mark(**json.loads(objects.read(key)))
+            mark = Mark(**require_fields(parse(read_small(objects, key)), MARK_FIELDS))
             if key != mark_key(mark.row) or not -(2**63) <= mark.epoch < 2**63:
                 raise ValueError("it belongs to no row")
-        except (ValueError, TypeError, RecursionError) as error:
-            raise DamagedRunError(
-                f"{objects.root}: {key} marks no epoch ({error}); remove it and repair again"
-            ) from error
+        except (ValueError, TypeError) as error:  # TypeError: a field that is not ours
+            raise DamagedRunError(f"{objects.root}: {key} marks no epoch ({error}); remove it, repair again") from error
         marks[mark.row] = mark
     return marks

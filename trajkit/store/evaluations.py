@@ -1,4 +1,4 @@
-"""Saved evaluations, ``evaluations/<n>``: one group each, whose attribute holds the whole table."""
+"""Saved evaluations, ``evaluations/<n>``: one group each, whose attribute holds the whole table and its hash."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..documents import require_fields
 from ..errors import DamagedRunError
 from .format import EVALUATIONS, METADATA, group_document, read_metrics, spell_metrics
 from .place import Objects
-from .root import attribute_of, encoded, read_document, write_document
+from .root import encoded, read_document, sealed_group, unsealed, write_document
 
 EVALUATION_ATTRIBUTE = "trajkit_evaluation"
 
@@ -56,7 +56,7 @@ def save_evaluation(objects: Objects, evaluation: Evaluation) -> None:
     """Keep an evaluation beside the earlier ones; it exists whole or not at all."""
     if not objects.exists(f"{EVALUATIONS}/{METADATA}"):
         write_document(objects, EVALUATIONS, group_document())
-    group = encoded(group_document({EVALUATION_ATTRIBUTE: evaluation.to_json()}), EVALUATIONS)
+    group = encoded(sealed_group(EVALUATION_ATTRIBUTE, "evaluation", evaluation.to_json()), EVALUATIONS)
     number = len(_numbers(objects))
     while True:
         try:
@@ -68,14 +68,16 @@ def save_evaluation(objects: Objects, evaluation: Evaluation) -> None:
 
 def read_evaluations(objects: Objects) -> tuple[Evaluation, ...]:
     """All evaluations, oldest first."""
-    evaluations = []
-    for number in _numbers(objects):
-        key = f"{EVALUATIONS}/{number}/{METADATA}"
-        try:
-            evaluations.append(Evaluation.from_json(attribute_of(read_document(objects, key), EVALUATION_ATTRIBUTE)))
-        except ValueError as error:
-            raise DamagedRunError(f"{objects.root}: {key} holds no evaluation ({error}); remove its folder") from error
-    return tuple(evaluations)
+    return tuple(read_evaluation(objects, number) for number in _numbers(objects))
+
+
+def read_evaluation(objects: Objects, number: str) -> Evaluation:
+    """An evaluation by the name of its group; raises `DamagedRunError`."""
+    key = f"{EVALUATIONS}/{number}/{METADATA}"
+    try:
+        return Evaluation.from_json(unsealed(read_document(objects, key), EVALUATION_ATTRIBUTE, "evaluation"))
+    except ValueError as error:
+        raise DamagedRunError(f"{objects.root}: {key} holds no evaluation ({error}); remove its folder") from error
 
 
 def _epoch(stored: Any) -> EvaluatedEpoch:

@@ -34,7 +34,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..digest import ALGORITHM, canonical_json, digest
+from ..digest import canonical_json, digest
 from ..documents import parse, require_fields, require_kind
 from ..errors import DamagedRunError, PathExistsError, RunLockedError, UnknownNameError
 from ..layout import ParameterLayout
@@ -44,7 +44,7 @@ from .expected import part, require_objects
 from .format import FITS, METADATA, array_document, group_document, require_name, result_rule
 from .objects import DamagedObjectError
 from .place import Objects
-from .root import attribute_of, encoded, read_document, read_small, require_readable, write_document
+from .root import encoded, read_document, read_small, require_readable, sealed_group, unsealed, write_document
 
 FIT_ATTRIBUTE = "trajkit_fit"
 RESULTS = {"mode": "uint16", "scale": "float32", "mean": "float64", "correlation": "float32"}
@@ -117,9 +117,9 @@ class StoredFit:
         version: int = self.attributes["version"]
         return version
 
-    @cached_property
-    def _reader(self) -> VerifiedReader:
-        key = _objects_key(self._group)
+    def committed(self) -> Stored:
+        """What is known of every object of the fit's arrays; raises `DamagedRunError` where that is damaged."""
+        key = _objects_key(self.group)
         try:
             table = read_small(self.objects, key)
             if digest(table) != self.attributes["objects"]:
@@ -128,11 +128,15 @@ class StoredFit:
                 name: StoredObject.from_json(values)
                 for name, values in require_kind(parse(table), dict, "the table").items()
             }
-            parts = [part(f"{self._group}/{array}", document) for array, document in self.documents.items()]
+            parts = [part(f"{self.group}/{array}", document) for array, document in self.documents.items()]
             require_objects(stored, parts)
         except ValueError as error:
             raise self._damaged(f"object {key} is not what was saved ({error})") from error
-        return VerifiedReader(self.objects, stored)
+        return stored
+
+    @cached_property
+    def _reader(self) -> VerifiedReader:
+        return VerifiedReader(self.objects, self.committed())
 
     def read(self, array: str, start: int | None = None, stop: int | None = None) -> NDArray[Any]:
         """Entries ``start : stop`` of an array along its last axis; raises `DamagedRunError` where it is damaged."""
@@ -140,10 +144,10 @@ class StoredFit:
         *rows, length = document["shape"]
         first, last, _ = slice(start, stop).indices(length)
         region = (*(slice(0, count) for count in rows), slice(first, max(first, last)))
-        if not self._is_current():  # a fit may be removed and made again by the same name
+        if not self.is_current:  # a fit may be removed and made again by the same name
             raise self._damaged("")
         try:
-            values = self._reader.read(f"{self._group}/{array}", document, region)
+            values = self._reader.read(f"{self.group}/{array}", document, region)
         except DamagedObjectError as damage:
             raise self._damaged(str(damage)) from None
         limit = {"mode": self.shape.n_modes}.get(array, self.shape.n_weights)
@@ -151,11 +155,17 @@ class StoredFit:
             raise self._damaged(f"'{array}' has {values.min()} to {values.max()}, expected 0 to {limit - 1}")
         return values
 
+    def group_document(self) -> dict[str, Any]:
+        """The ``zarr.json`` that makes this version exist."""
+        return sealed_group(FIT_ATTRIBUTE, "fit", self.attributes)
+
     @property
-    def _group(self) -> str:
+    def group(self) -> str:
+        """Where its arrays are."""
         return f"{FITS}/{self.name}/{self.version}"
 
-    def _is_current(self) -> bool:
+    @property
+    def is_current(self) -> bool:
         """Whether the run still has this fit, in this version."""
         try:
             return bool(_saved(self.objects, self.name)["objects"] == self.attributes["objects"])
@@ -164,7 +174,7 @@ class StoredFit:
 
     def _damaged(self, what: str) -> DamagedRunError:
         where = f"{self.objects.root}: fit '{self.name}'"
-        if not self._is_current():
+        if not self.is_current:
             return DamagedRunError(f"{where}: was updated or replaced since it was opened; open it again")
         return DamagedRunError(f"{where}: {what}; fit again by another name")
 
@@ -248,7 +258,7 @@ class FitWriter:
             "updatable": self._shape.updatable,
             "objects": self._complete(stored, small),
         }
-        group = group_document({FIT_ATTRIBUTE: {"fit": fit, ALGORITHM: digest(canonical_json(fit))}})
+        group = sealed_group(FIT_ATTRIBUTE, "fit", fit)
         key = f"{FITS}/{self.name}/{METADATA}"
         if self._previous is None:
             self._objects.create_atomically(key, encoded(group, key))
@@ -359,10 +369,7 @@ def open_fit(objects: Objects, name: str, layout: ParameterLayout) -> StoredFit:
 def _saved(objects: Objects, name: str) -> dict[str, Any]:
     """The attributes of a fit as they are stored now; raises `ValueError` where they are none."""
     document = read_document(objects, f"{FITS}/{name}/{METADATA}")
-    saved = require_fields(attribute_of(document, FIT_ATTRIBUTE), {"fit": dict, ALGORITHM: str})
-    if digest(canonical_json(saved["fit"])) != saved[ALGORITHM]:
-        raise ValueError("its content does not match its hash")
-    return require_fields(saved["fit"], FIT_FIELDS)
+    return require_fields(unsealed(document, FIT_ATTRIBUTE, "fit"), FIT_FIELDS)
 
 
 def _require_values(attributes: Mapping[str, Any]) -> None:

@@ -72,6 +72,7 @@ COMMITS = "epoch/commits"
 LOCKS = "epoch/locks"
 TEMPORARY = "epoch/tmp"
 BAD = "epoch/bad"
+LAYOUT_COPY = "epoch/layout.json"
 ASIDE = "epoch/aside"
 METADATA = "zarr.json"
 

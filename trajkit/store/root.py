@@ -8,12 +8,14 @@ evaluations, which are saved beside a recording and opened by their own path.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from ..digest import ALGORITHM, canonical_json, digest
 from ..documents import parse, require_fields, require_size, shown
 from ..errors import DamagedRunError, InputError, RunNotFoundError, UnsupportedFormatError
 from ..layout import ParameterLayout
-from .format import ATTRIBUTE, BUFFERS, FORMAT, METADATA, group_document
+from .format import ATTRIBUTE, BUFFERS, FORMAT, LAYOUT_COPY, METADATA, group_document
 from .place import Objects
 
 
@@ -43,6 +45,28 @@ def layout_of_root(objects: Objects) -> ParameterLayout:
             " update trajkit"
         )
     return ParameterLayout.from_json(ours.get("layout"))
+
+
+def layout_copy(objects: Objects) -> ParameterLayout:
+    """The layout of the run, from its second copy; raises `DamagedRunError` where there is none."""
+    try:
+        return ParameterLayout.from_json(parse(read_small(objects, LAYOUT_COPY)))
+    except ValueError as error:
+        raise DamagedRunError(f"{objects.root}: {LAYOUT_COPY} cannot be read ({error})") from error
+
+
+def sealed_group(attribute: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A group whose attribute holds ``{name: content, "blake3": hash of it}``."""
+    return group_document({attribute: {name: content, ALGORITHM: digest(canonical_json(content))}})
+
+
+def unsealed(document: dict[str, Any], attribute: str, name: str) -> dict[str, Any]:
+    """The content of a sealed group; raises `ValueError` where it is not what was sealed."""
+    found = require_fields(attribute_of(document, attribute), {name: dict, ALGORITHM: str})
+    content: dict[str, Any] = found[name]
+    if digest(canonical_json(content)) != found[ALGORITHM]:
+        raise ValueError("its content does not match its hash")
+    return content
 
 
 def attribute_of(document: dict[str, Any], name: str) -> Any:

@@ -16,15 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..digest import canonical_json
 from ..errors import InputError, PathExistsError, RunLockedError
 from ..layout import ParameterLayout, require_same_layout
 from .archive import committed_documents, read_all_records
 from .arrays import store, with_rows
 from .commit import CommitRecord, StoredObject
+from .damage import read_marks
 from .format import (
     BUFFERS,
     COMMITS,
     EPOCH,
+    LAYOUT_COPY,
     LOCKS,
     METADATA,
     PROBE,
@@ -168,6 +171,7 @@ class ArchiveWriter:
         written: dict[str, StoredObject],
     ) -> None:
         self._root = root_document(layout)
+        self._objects.replace(LAYOUT_COPY, canonical_json(layout.to_json()))
         self._documents = all_arrays(layout, probe_index.size, zstd=saves_enough(weights))
         if layout.buffer_sizes:
             write_document(self._objects, BUFFERS, group_document())
@@ -202,7 +206,7 @@ class ArchiveWriter:
         self._objects.sync_names()
 
     def _make_whole(self) -> None:
-        self.records = read_all_records(self._objects)
+        self.records = read_all_records(self._objects, read_marks(self._objects))
         self._objects.clear_temporary()
         if not self.records:
             self._clear_unborn()
@@ -225,6 +229,7 @@ class ArchiveWriter:
         for path in (WEIGHTS, PROBE, PROBE_INDEX, BUFFERS, f"{EPOCH}/c"):
             self._objects.delete_tree(path)
         self._objects.delete(f"{EPOCH}/{METADATA}")
+        self._objects.delete(LAYOUT_COPY)
 
     def _require_held(self) -> None:
         if not (self._lock.held or self._lock.confirmed):  # nobody may have wanted a lease that ran out

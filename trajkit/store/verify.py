@@ -1,0 +1,389 @@
+"""Is every stored object what it was when it was committed? `verify` looks at everything and changes nothing.
+
+Unlike a reader it does not stop at the first damage, and does without whatever is damaged as far as it can.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ..digest import canonical_json
+from ..errors import DamagedRunError, InputError, RunNotFoundError, TrajkitError, UnsupportedFormatError
+from ..layout import ParameterLayout
+from .archive import place_of
+from .arrays import with_rows
+from .commit import CommitRecord, LostRecord, StoredObject, examine_records
+from .damage import Damage, Mark, read_marks
+from .evaluations import read_evaluation
+from .expected import part, require_objects
+from .fits import fit_names, open_fit
+from .format import (
+    BUFFERS,
+    COMMITS,
+    EVALUATIONS,
+    FITS,
+    LAYOUT_COPY,
+    METADATA,
+    PROBE,
+    PROBE_INDEX,
+    all_arrays,
+    commit_key,
+    group_document,
+)
+from .objects import DamagedObjectError, require_content, require_length
+from .place import Objects, PathLike, objects_at
+from .raw import CHECKSUM_BYTES
+from .root import layout_copy, layout_of_root, read_document, root_document, with_arrays
+from .writer import WRITER
+
+Level = Literal["fast", "sampled", "full"]
+Progress = Callable[[int, int], None]
+
+PROBE_BYTES = 4
+"""A value of the probe."""
+SAMPLED_SHARE = 0.1
+"""Of the objects between the first and the last epoch, that `sampled` hashes."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` has found. `leftovers` are keys of an interrupted recording or fit: harmless."""
+
+    run: Path | str
+    level: Level
+    epochs: int
+    bad_epochs: tuple[int, ...]
+    objects: int
+    hashed: int
+    hashed_bytes: int
+    elapsed_s: float
+    damages: tuple[Damage, ...]
+    leftovers: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damages
+
+
+def verify(place: PathLike, level: Level = "sampled", progress: Progress | None = None) -> Verification:
+    """Look for damage in the run at a path or URL: missing, truncated, flipped, swapped or emptied objects.
+
+    level: ``"fast"`` reads all metadata and looks at the length of every object, ``"sampled"`` hashes those of the
+        first and the last epoch and a tenth of the others too, ``"full"`` hashes everything.
+    progress: called with the bytes hashed and to hash.
+
+    A run may be verified while it is recorded. Raises `RunNotFoundError` where there is no run.
+    """
+    if level not in get_args(Level):
+        raise InputError(f"level is {level!r}, expected one of {', '.join(get_args(Level))}; choose one")
+    began = time.perf_counter()
+    objects = objects_at(place)
+    examination = examine(objects)
+    chosen = examination.choose(level)
+    examination.hash(chosen, progress)
+    return Verification(
+        run=objects.root,
+        level=level,
+        epochs=len(examination.records),
+        bad_epochs=tuple(mark.epoch for _, mark in sorted(examination.marks.items())),
+        objects=len(examination.committed),
+        hashed=len(chosen),
+        hashed_bytes=sum(examination.committed[key].length for key in chosen),
+        elapsed_s=time.perf_counter() - began,
+        damages=tuple(examination.damages),
+        leftovers=tuple(examination.leftovers),
+    )
+
+
+@dataclass
+class Examination:
+    """What there is in a run, what should be, and what is damaged as far as it was looked at."""
+
+    objects: Objects
+    marks: Mapping[int, Mark] = field(default_factory=dict)
+    records: list[CommitRecord | None] = field(default_factory=list)
+    """Of each row, None where it is damaged."""
+    layout: ParameterLayout | None = None
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Path -> ``zarr.json`` of every array as it should be."""
+    committed: dict[str, StoredObject] = field(default_factory=dict)
+    owners: dict[str, Damage] = field(default_factory=dict)
+    """Of each committed object: what it is when it is damaged, all but the kind of it."""
+    damages: list[Damage] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+
+    def choose(self, level: Level) -> list[str]:
+        """The objects to hash, those that are not known to be damaged."""
+        known = {damage.key for damage in self.damages}
+        sound = [key for key in self.committed if key not in known]
+        if level == "full":
+            return sound
+        if level == "fast":
+            return []
+        chance = np.random.default_rng().random(len(sound))
+        ends = {0, len(self.records) - 1, None}
+        return [
+            key
+            for key, drawn in zip(sound, chance, strict=True)
+            if drawn < SAMPLED_SHARE or self.owners[key].row in ends
+        ]
+
+    def hash(self, keys: Iterable[str], progress: Progress | None) -> None:
+        """Hash objects, on all cores."""
+        keys = sorted(keys)
+        total = sum(self.committed[key].length for key in keys)
+        done = 0
+        lock = threading.Lock()
+
+        def check(key: str) -> Damage | None:
+            nonlocal done
+            damage = self.look(key, lambda: require_content(key, self.objects.digest(key), self.committed[key].hash))
+            with lock:
+                done += self.committed[key].length
+                if progress is not None:
+                    progress(done, total)
+            return damage
+
+        with ThreadPoolExecutor(max(os.cpu_count() or 1, self.objects.at_a_time)) as pool:
+            self.damages += [damage for damage in pool.map(check, keys) if damage is not None]
+
+    def look(self, key: str, look: Callable[[], None]) -> Damage | None:
+        """What is wrong with a committed object, by a look at it that raises."""
+        try:
+            look()
+        except DamagedObjectError as damage:
+            what = damage.what
+        except FileNotFoundError:
+            what = "is missing"
+        except OSError as error:
+            what = f"cannot be read ({error.strerror or error})"
+        else:
+            return None
+        owner = self.owners[key]
+        return replace(owner, key=key, what=what)
+
+
+def examine(objects: Objects) -> Examination:
+    """Everything but the content of the arrays; raises `RunNotFoundError` where there is no run."""
+    found = Examination(objects)
+    writing = objects.is_locked(WRITER)
+    if not objects.exists(METADATA) and not objects.names(COMMITS):
+        raise RunNotFoundError(f"{objects.root}: no run here, expected a directory with a {METADATA}; check the path")
+    _read_marks(found)
+    _read_records(found)
+    _read_layout(found)
+    stored = dict(objects.lengths(""))  # after the records: what they name is there
+    if found.layout is not None:
+        _expect_rows(found, found.layout)
+        _compare_documents(found, found.layout, writing)
+        _expect_fits(found, found.layout, stored)
+    _read_evaluations(found)
+    _compare_lengths(found, stored)
+    if not writing:
+        found.leftovers = _leftovers(found, stored)
+    return found
+
+
+def _read_marks(found: Examination) -> None:
+    try:
+        found.marks = read_marks(found.objects)
+    except DamagedRunError as error:
+        found.damages.append(Damage("epoch/bad", str(error)))
+
+
+def _read_records(found: Examination) -> None:
+    for record in examine_records(found.objects, found.marks):
+        if isinstance(record, Damage):
+            found.damages.append(record)
+            found.records.append(None)
+        else:
+            found.records.append(record)
+    if not any(found.records):
+        raise RunNotFoundError(f"{found.objects.root}: the run has no epoch yet; wait for the first one to be recorded")
+
+
+def _read_layout(found: Examination) -> None:
+    """The layout that was recorded, from the group or else from its copy."""
+    recorded = next(record.layout for record in found.records if record is not None)
+    layouts: list[ParameterLayout] = []
+    for key, read in ((METADATA, layout_of_root), (LAYOUT_COPY, layout_copy)):
+        try:
+            layout = read(found.objects)
+            if layout.digest != recorded:
+                raise InputError("has another layout than the one that was recorded")
+            layouts.append(layout)
+        except UnsupportedFormatError:
+            raise
+        except TrajkitError as error:
+            found.damages.append(Damage(key, f"is damaged: {error}"))
+    found.layout = layouts[0] if layouts else None
+
+
+def _expect_rows(found: Examination, layout: ParameterLayout) -> None:
+    """The documents of the arrays, and the objects of each row."""
+    for row, record in enumerate(found.records):
+        if record is None or isinstance(record, LostRecord):
+            continue
+        try:
+            documents = _documents_for(record, layout)
+        except ValueError as error:
+            what = f"is not what the layout asks for ({error})"
+            found.damages.append(Damage(commit_key(row), what, "commit record ", row=row))
+            continue
+        found.documents = {
+            path: document if path == PROBE_INDEX else with_rows(document, len(found.records))
+            for path, document in documents.items()
+        }
+        found.committed |= record.objects
+        for key in record.objects:
+            of_row = None if key.startswith(PROBE_INDEX) else row
+            place = place_of(key, layout, [record] * (row + 1))
+            found.owners[key] = Damage(key, "", f"{place}object ", row=of_row)
+
+
+def _documents_for(record: CommitRecord, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
+    """Array -> ``zarr.json`` with the rows up to this one; raises `ValueError` where it has other objects.
+
+    What the layout leaves open, the number of probe weights and the codec, shows in the objects.
+    """
+    if record.layout != layout.digest:
+        raise ValueError("it has another layout")
+    probe = record.objects.get(f"{PROBE}/c/{record.row}/0")
+    n_probe = (probe.length - CHECKSUM_BYTES) // PROBE_BYTES if probe is not None else 0
+    if not 1 <= n_probe <= layout.n_weights:
+        raise ValueError(f"it has {n_probe} probe weights")
+    for zstd in (False, True):
+        arrays = all_arrays(layout, n_probe, zstd)
+        documents = {
+            path: document if path == PROBE_INDEX else with_rows(document, record.row + 1)
+            for path, document in arrays.items()
+        }
+        parts = [part(path, document, record.row) for path, document in documents.items() if path != PROBE_INDEX]
+        if record.row == 0:
+            parts.append(part(PROBE_INDEX, documents[PROBE_INDEX]))
+        try:
+            require_objects(record.objects, parts)
+            return documents
+        except ValueError:
+            if zstd:
+                raise
+    raise AssertionError("the second try returns or raises")
+
+
+def _compare_documents(found: Examination, layout: ParameterLayout, writing: bool) -> None:
+    """Every ``zarr.json`` of the run's own nodes with what it should say; while a training records, rows may lag."""
+    expected = dict(found.documents)
+    if layout.buffer_sizes:
+        expected[BUFFERS] = group_document()
+    if expected:
+        expected[""] = with_arrays(root_document(layout), found.documents)
+    for folder in (FITS, EVALUATIONS):
+        if found.objects.names(folder):
+            expected[folder] = group_document()
+    for path, document in expected.items():
+        found.damages += _document_damage(found.objects, path, document, len(found.records) if writing else None)
+
+
+def _document_damage(
+    objects: Objects, path: str, expected: dict[str, Any], most_rows: int | None, aside: str | None = None
+) -> list[Damage]:
+    """What is wrong with the ``zarr.json`` of a node. Attributes of the user's own are left alone."""
+    key = f"{path}/{METADATA}" if path else METADATA
+    try:
+        stored = read_document(objects, key)
+    except DamagedRunError as error:
+        return [Damage(key, f"is damaged: {error}", aside=aside)]
+    if _as_compared(stored, expected, most_rows) == _as_compared(expected, expected, most_rows):
+        return []
+    if _as_compared(stored, expected, 2**63) == _as_compared(expected, expected, 2**63):
+        return [Damage(key, "shows another number of epochs than are recorded: an interrupted recording, or damage")]
+    return [Damage(key, "does not say what it should", aside=aside)]
+
+
+def _as_compared(document: dict[str, Any], expected: dict[str, Any], most_rows: int | None) -> bytes:
+    """A ``zarr.json`` spelled, without what may differ: attributes of others, and rows up to `most_rows`."""
+    compared = {key: value for key, value in document.items() if not (key == "storage_transformers" and value == [])}
+    attributes = compared.get("attributes")
+    if isinstance(attributes, dict):
+        compared["attributes"] = {name: attributes.get(name) for name in expected.get("attributes", {})}
+    shape = compared.get("shape")
+    if most_rows is not None and isinstance(shape, list) and shape and shape[0] in range(most_rows + 1):
+        compared["shape"] = [None, *shape[1:]]
+    inline = compared.get("consolidated_metadata")
+    if isinstance(inline, dict) and isinstance(inline.get("metadata"), dict):
+        of_nodes = expected.get("consolidated_metadata", {}).get("metadata", {})
+        nodes = {
+            path: _as_compared(node, of_nodes.get(path, {}), most_rows).decode() if isinstance(node, dict) else None
+            for path, node in inline["metadata"].items()
+        }
+        compared["consolidated_metadata"] = {**inline, "metadata": nodes}
+    return canonical_json(compared)
+
+
+def _expect_fits(found: Examination, layout: ParameterLayout, stored: Mapping[str, int]) -> None:
+    for name in found.objects.names(FITS):
+        if name == METADATA:
+            continue
+        aside = f"{FITS}/{name}"
+        blank = Damage("", "", f"fit '{name}': object ", "fit again by another name, or trajkit repair", aside=aside)
+        tables = [key for key in stored if key.startswith(f"{aside}/") and key.endswith("/mode/objects.json")]
+        if name not in fit_names(found.objects):
+            if tables and not found.objects.is_locked(f"fit-{name}"):
+                what = "is missing: the fit was interrupted at its very end, or it is lost"
+                found.damages.append(replace(blank, key=f"{aside}/{METADATA}", what=what))
+            continue
+        try:
+            fit = open_fit(found.objects, name, layout)
+            table = fit.committed()
+        except TrajkitError as error:
+            found.damages.append(replace(blank, key=f"{aside}/{METADATA}", what=f"is damaged: {error}"))
+            continue
+        found.committed |= table
+        found.owners |= {key: replace(blank, key=key) for key in table}
+        documents = {fit.group: group_document(), aside: fit.group_document()}
+        documents |= {f"{fit.group}/{array}": document for array, document in fit.documents.items()}
+        for path, document in documents.items():
+            found.damages += _document_damage(found.objects, path, document, None, aside)
+
+
+def _read_evaluations(found: Examination) -> None:
+    for number in found.objects.names(EVALUATIONS):
+        if number == METADATA:
+            continue
+        key = f"{EVALUATIONS}/{number}/{METADATA}"
+        try:
+            read_evaluation(found.objects, number)
+        except DamagedRunError as error:
+            cure = "evaluate again, or trajkit repair"
+            found.damages.append(Damage(key, f"is damaged: {error}", "", cure, aside=f"{EVALUATIONS}/{number}"))
+
+
+def _compare_lengths(found: Examination, stored: Mapping[str, int]) -> None:
+    for key, committed in found.committed.items():
+        damage = found.look(key, partial(require_length, key, stored.get(key), committed.length))
+        if damage is not None:
+            found.damages.append(damage)
+
+
+def _leftovers(found: Examination, stored: Mapping[str, int]) -> list[str]:
+    """Objects of arrays that nothing names, of a recording or a fit that was interrupted."""
+    arrays = tuple(f"{path}/c/" for path in found.documents)
+    current = {owner.aside for owner in found.owners.values() if owner.aside is not None}
+    names = {f"{FITS}/{name}" for name in found.objects.names(FITS)} - {f"{FITS}/{METADATA}"}
+    abandoned = tuple(f"{name}/" for name in names - current if not found.objects.is_locked(f"fit-{name[5:]}"))
+    return sorted(
+        key
+        for key in stored
+        if key not in found.committed and (key.startswith(arrays) or (abandoned and key.startswith(abandoned)))
+    )
