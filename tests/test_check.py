@@ -111,7 +111,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_epochs", [3, 8, 40, 150])
 def test_a_healthy_order_gives_no_alarm(kind: str, n_epochs: int) -> None:
-    for seed in range(5):
+    for seed in range(3):
         positions = trajectories(kind, n_epochs, 500, seed)
         assert outliers(positions).size == 0
         assert swaps(positions) == []
@@ -126,7 +126,7 @@ def test_a_healthy_run_has_no_findings(kind: str, make_run: MakeRun) -> None:
 def test_the_recorded_digits_are_healthy(digits_run: Run) -> None:
     report = check(digits_run)
     assert report.healthy
-    assert report.all == ()
+    assert report.notes == ()
     assert report.epochs == tuple(range(40))
 
 
@@ -219,7 +219,7 @@ def test_distances_agree_with_brute_force() -> None:
         for steps in range(1, 6):
             if row + steps < 13:
                 expected = ((wide[row + steps] - wide[row]) ** 2).sum()
-                assert found[row, steps - 1] == pytest.approx(expected, rel=1e-5)
+                assert found[row, steps - 1] == pytest.approx(expected, rel=1e-12)
             else:
                 assert np.isnan(found[row, steps - 1])
 
@@ -522,6 +522,13 @@ def test_a_run_that_stands_still_is_duplicates_alone(make_run: MakeRun) -> None:
     report = check(make_run(np.tile(correlated(2, 200)[:1], (5, 1)), sizes=(150, 50)))
     assert of(report) == [("duplicate", tuple(range(5)), ())]
     assert report.unchanged == (1.0,) * 4
+
+
+def test_the_largest_numbers_of_float32_raise_no_warning(make_run: MakeRun) -> None:
+    weights = correlated(12, 200)
+    weights[8:] = np.float32(3e38) * np.sign(weights[8:])
+    kinds = [kind for kind, _, _ in of(check(make_run(weights)))]
+    assert "exploding" in kinds
 
 
 def test_one_epoch_shows_its_nan(make_run: MakeRun) -> None:

@@ -52,7 +52,9 @@ def check(
             distinct = np.delete(np.arange(rows.size), [place for group in copies for place in group[1:]])
             found += judge_tensors(tensors, labels, distinct)
             unchanged = _unchanged(tensors, run.layout.n_weights)
-    return HealthReport(run.path, tuple(labels.tolist()), tuple(found), unchanged)
+    findings = tuple(finding for finding in found if finding.suspicious)
+    notes = tuple(finding for finding in found if not finding.suspicious)
+    return HealthReport(run.path, tuple(labels.tolist()), findings, notes, unchanged)
 
 
 @contextmanager

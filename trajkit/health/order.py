@@ -39,7 +39,7 @@ def squared_distances(positions: NDArray[np.float32], reach: int) -> NDArray[np.
     """(E, reach): from each of E positions (E, P) to the next one, the one after it, …; NaN beyond the last."""
     distances = np.full((len(positions), reach), np.nan)
     for row, position in enumerate(positions):
-        ahead = _squared(positions[row + 1 : row + 1 + reach] - position)
+        ahead = _squared_to(position, positions[row + 1 : row + 1 + reach])
         distances[row, : ahead.size] = ahead
     return distances
 
@@ -47,7 +47,7 @@ def squared_distances(positions: NDArray[np.float32], reach: int) -> NDArray[np.
 def outliers(positions: NDArray[np.float32]) -> NDArray[np.int64]:
     """Rows that are farther from both neighbours than these are from each other, by the margin, and stand out.
 
-    The first and the last row have one neighbour and are never named. At least 5 rows are needed to stand out.
+    The first and the last row have one neighbour and are never named. At least 7 rows are needed to stand out among.
     """
     distances = squared_distances(positions, 2)
     near = np.minimum(distances[:-2, 0], distances[1:-1, 0])
@@ -59,30 +59,28 @@ def home_of(row: int, positions: NDArray[np.float32]) -> int | None:
 
     None where there is none, and the position is one that the trajectory does not come near.
     """
-    distances = _squared(positions - positions[row])
+    distances = _squared_to(positions[row], positions)
     near = min(distances[row - 1], distances[row + 1])
     distances[row - 1 : row + 2] = np.inf
     home = int(np.argmin(distances))
     beside = [other for other in (home - 1, home + 1) if 0 <= other < len(positions) and other != row]
-    step = _squared(positions[beside] - positions[home]).max()
+    step = _squared_to(positions[home], positions[beside]).max()
     return home if distances[home] <= step and distances[home] * OUTLIER_MARGIN**2 < near else None
 
 
 def swaps(positions: NDArray[np.float32], longest: int = LONGEST_SWAP) -> list[tuple[int, int]]:
     """Pairs of rows (i, j) that seem swapped, or what lies between them reversed, rising and apart from each other.
 
-    They are up to `longest` steps apart.
-
-    Row i - 1 is nearer to j than to i, and row j + 1 nearer to i than to j, by the margin, and the pair stands out
-    among pairs of neighbours. The first and the last row are never named: an average of weights at the end of a
-    training looks the same.
+    They are up to `longest` steps apart. Row i - 1 is nearer to j than to i, and row j + 1 nearer to i than to j, by the
+    margin, and the pair stands out among pairs as far apart. The first and the last row are never named: an average of
+    weights at the end of a training looks the same. At least 8 rows are needed.
     """
     distances = squared_distances(positions, longest + 1)
-    scores = [_swap_scores(distances, steps) for steps in range(1, longest + 1)]
+    scores = {steps: _swap_scores(distances, steps) for steps in range(1, longest + 1)}
     found = [
         (score[first], 1 + int(first), 1 + int(first) + steps)
-        for steps, score in enumerate(scores, 1)
-        for first in np.flatnonzero(_stand_out(score, SWAP_MARGIN, among=scores[0]))
+        for steps, score in scores.items()
+        for first in np.flatnonzero(_stand_out(score, SWAP_MARGIN))
     ]
     return sorted(_best_apart(found))
 
@@ -104,19 +102,13 @@ def _best_apart(found: list[tuple[float, int, int]]) -> Iterator[tuple[int, int]
             yield first, last
 
 
-def _stand_out(
-    scores: NDArray[np.float64], margin: float, among: NDArray[np.float64] | None = None
-) -> NDArray[np.bool_]:
-    """Which scores, logarithms of squared ratios, are above the margin and far above the median of those around them.
-
-    `among` are the scores of the rows from the same one on that it is to stand out among, by default themselves.
-    """
-    others = scores if among is None else among
+def _stand_out(scores: NDArray[np.float64], margin: float) -> NDArray[np.bool_]:
+    """Which logarithms of squared ratios are above the margin, and far above the median of those around them."""
     found = np.zeros(scores.shape, dtype=bool)
-    if others.size == 0:
+    if scores.size == 0:
         return found
-    padded = np.pad(np.where(np.isfinite(others), others, np.nan), AROUND, constant_values=np.nan)
-    around = np.lib.stride_tricks.sliding_window_view(padded, 2 * AROUND + 1)[: scores.size]
+    padded = np.pad(np.where(np.isfinite(scores), scores, np.nan), AROUND, constant_values=np.nan)
+    around = np.lib.stride_tricks.sliding_window_view(padded, 2 * AROUND + 1)
     enough = np.count_nonzero(np.isfinite(around), axis=1) >= FEWEST
     if enough.any():
         median = np.nanmedian(around[enough], axis=1)
@@ -133,7 +125,10 @@ def _log_ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArra
     return np.where(there, np.log(np.where(there, above, 1.0)) - np.log(np.where(there, below, 1.0)), -np.inf)
 
 
-def _squared(differences: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(k,) squared lengths of (k, P) differences."""
-    lengths: NDArray[np.float64] = np.einsum("ij,ij->i", differences, differences, dtype=np.float64)
-    return lengths
+def _squared_to(position: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(k,) from a position (P,) to others (k, P); in float64, where no difference of float32 overflows."""
+    distances = np.empty(len(others))
+    for number, other in enumerate(others):
+        difference = np.subtract(other, position, dtype=np.float64)
+        distances[number] = difference @ difference
+    return distances

@@ -24,7 +24,7 @@ class Finding:
     """The tensors concerned; empty where it is the epochs as a whole."""
     text: str
     suspicious: bool = True
-    """False for what is worth to know, and happens in healthy trainings."""
+    """Whether it is a finding, and no note."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,13 @@ class HealthReport:
     path: Path
     epochs: tuple[int, ...]
     """The labels that were checked, rising."""
-    all: tuple[Finding, ...]
+    findings: tuple[Finding, ...]
+    """What is suspicious."""
+    notes: tuple[Finding, ...]
+    """What is worth to know, and happens in healthy trainings."""
     unchanged: tuple[float, ...] | None
     """Share of the weights, in [0, 1], that have the bits of the epoch before, from the second epoch on; None where
     the weights were not read."""
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """What is suspicious."""
-        return tuple(finding for finding in self.all if finding.suspicious)
-
-    @property
-    def notes(self) -> tuple[Finding, ...]:
-        """What is worth to know and not suspicious."""
-        return tuple(finding for finding in self.all if not finding.suspicious)
 
     @property
     def healthy(self) -> bool:
