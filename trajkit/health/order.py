@@ -71,9 +71,9 @@ def home_of(row: int, positions: NDArray[np.float32]) -> int | None:
 def swaps(positions: NDArray[np.float32], longest: int = LONGEST_SWAP) -> list[tuple[int, int]]:
     """Pairs of rows (i, j) that seem swapped, or what lies between them reversed, rising and apart from each other.
 
-    They are up to `longest` steps apart. Row i - 1 is nearer to j than to i, and row j + 1 nearer to i than to j, by the
-    margin, and the pair stands out among pairs as far apart. The first and the last row are never named: an average of
-    weights at the end of a training looks the same. At least 8 rows are needed.
+    They are up to `longest` steps apart. Row i - 1 is nearer to j than to i, and row j + 1 nearer to i than to j, by
+    the margin, and the pair stands out among pairs as far apart. The first and the last row are never named: an average
+    of weights at the end of a training looks the same. At least 8 rows are needed.
     """
     distances = squared_distances(positions, longest + 1)
     scores = {steps: _swap_scores(distances, steps) for steps in range(1, longest + 1)}
