@@ -8,6 +8,7 @@ import click
 
 from trajkit.errors import TrajkitError
 
+from .check import check
 from .demo import demo
 from .evaluate import evaluate
 from .fit import fit
@@ -43,5 +44,5 @@ def main() -> None:
     """
 
 
-for _command in (record, fit, reconstruct, evaluate, info, demo):
+for _command in (record, fit, reconstruct, evaluate, info, check, demo):
     main.add_command(_command)

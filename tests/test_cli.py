@@ -176,7 +176,7 @@ def test_numbers_and_sizes_are_short() -> None:
     assert sizes == ["0 B", "1023 B", "1.0 KiB", "3.0 GiB", "5120.0 TiB"]
 
 
-@pytest.mark.parametrize("command", ["record", "fit", "reconstruct", "evaluate", "info", "demo"])
+@pytest.mark.parametrize("command", ["record", "fit", "reconstruct", "evaluate", "info", "check", "demo"])
 def test_every_help_has_an_example(command: str) -> None:
     assert f"Example:\n    trajkit {command}" in invoke(command, "--help").stdout
 

@@ -24,6 +24,7 @@ def test_the_public_face() -> None:
         "Run",
         "RunWriter",
         "TrajkitError",
+        "check",
         "evaluate",
         "fit",
         "follow",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .decomposition import Decomposition
     from .errors import TrajkitError
     from .estimator import CMD
+    from .health import check
     from .kernels.clustering import DistanceCut
     from .layout import ParameterLayout
     from .pipeline import fit, follow, update
@@ -34,6 +35,7 @@ _HOMES = {
     "Run": "run",
     "RunWriter": "run",
     "TrajkitError": "errors",
+    "check": "health",
     "evaluate": "training.evaluate",
     "fit": "pipeline",
     "follow": "pipeline",
@@ -53,6 +55,7 @@ __all__ = [
     "Run",
     "RunWriter",
     "TrajkitError",
+    "check",
     "evaluate",
     "fit",
     "follow",
