@@ -42,6 +42,7 @@ def describe(run: Run) -> dict[str, Any]:
         "size_bytes": run.size_bytes,
         "epoch_bytes": run.epoch_bytes,
         "epochs": run.epochs.tolist(),
+        "bad_epochs": list(run.bad_epochs),
         "metrics": {str(epoch): metrics for epoch, metrics in run.metrics.items()},
         "tensors": run.layout.to_json(),
         "fits": {
@@ -66,6 +67,8 @@ def _echo(run: dict[str, Any]) -> None:
         f"{run['run']}: {len(epochs)} epochs ({epochs[0]} to {epochs[-1]}) of {run['weights']:,} weights,"
         f" {size(run['size_bytes'])} on disk, {size(run['epoch_bytes'])} an epoch\n"
     )
+    if run["bad_epochs"]:
+        click.echo(f"bad, see trajkit verify: epoch {', '.join(map(str, run['bad_epochs']))}\n")
     fits = run["fits"]
     rows = [
         [

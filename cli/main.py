@@ -15,6 +15,8 @@ from .fit import fit
 from .info import info
 from .reconstruct import reconstruct
 from .record import record
+from .repair import repair
+from .verify import verify
 
 
 class _Commands(click.Group):
@@ -44,5 +46,5 @@ def main() -> None:
     """
 
 
-for _command in (record, fit, reconstruct, evaluate, info, check, demo):
+for _command in (record, fit, reconstruct, evaluate, info, check, verify, repair, demo):
     main.add_command(_command)

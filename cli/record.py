@@ -36,7 +36,7 @@ def record(
     """Record checkpoint files (.pt, .safetensors) into RUN, which is made if there is none.
 
     The epoch is the number in each file's name. Epochs that are recorded already are skipped, so the same command
-    again brings in what is new.
+    again brings in what is new. An epoch that `trajkit repair` has marked as bad is healed by its checkpoint.
 
     \b
     Example:
@@ -63,5 +63,10 @@ def record(
     if as_json:
         echo_json({"run": str(run), "files": [{**vars(item), "path": str(item.path)} for item in imported]})
     else:
-        skipped = len(imported) - len(new)
-        click.echo(f"{run}: {len(new)} epochs recorded" + (f", {skipped} were there already" if skipped else ""))
+        healed = sum(item.healed for item in imported)
+        skipped = len(imported) - len(new) - healed
+        click.echo(
+            f"{run}: {len(new)} epochs recorded"
+            + (f", {healed} healed" if healed else "")
+            + (f", {skipped} were there already" if skipped else "")
+        )

@@ -31,7 +31,9 @@ def test_the_public_face() -> None:
         "import_checkpoints",
         "load_weights",
         "open_run",
+        "repair",
         "update",
+        "verify",
         "write_checkpoint",
     ]
     for name in trajkit.__all__:

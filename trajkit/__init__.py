@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .layout import ParameterLayout
     from .pipeline import fit, follow, update
     from .run import Run, RunWriter, load_weights, open_run
+    from .store.repair import repair
+    from .store.verify import verify
     from .training.evaluate import evaluate
     from .training.recorder import Recorder
 
@@ -42,7 +44,9 @@ _HOMES = {
     "import_checkpoints": "checkpoints.importing",
     "load_weights": "run",
     "open_run": "run",
+    "repair": "store.repair",
     "update": "pipeline",
+    "verify": "store.verify",
     "write_checkpoint": "checkpoints.writing",
 }
 
@@ -62,7 +66,9 @@ __all__ = [
     "import_checkpoints",
     "load_weights",
     "open_run",
+    "repair",
     "update",
+    "verify",
     "write_checkpoint",
 ]
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from .decomposition import Decomposition
 from .errors import InputError, UnknownNameError
-from .kernels.sampling import balanced_counts, draw
 from .layout import ParameterLayout, TensorEntry
 from .store.archive import Archive
 from .store.evaluations import Evaluation, read_evaluations
 from .store.fits import fit_names, open_fit
-from .store.format import PROBE, PROBE_SIZE, WEIGHTS, buffer_path
+from .store.format import PROBE, WEIGHTS, buffer_path
 from .store.place import PathLike as PathLike
+from .store.probe import draw_probe
 from .store.writer import EpochValues, open_writer
 from .tensors import to_tensors
 from .trajectories import Trajectories
@@ -240,8 +240,26 @@ class RunWriter:
         label = self.require_next(epoch)
         if self._nonfinite == "raise":
             _require_finite(layout, weights, f"{self.path}: epoch {label}")
-        probe_index = _draw_probe(layout) if self.layout is None else self._probe_index
+        probe_index = draw_probe(layout) if self.layout is None else self._probe_index
         self._writer.append(layout, EpochValues(label, weights, buffers, _plain(metrics or {})), probe_index)
+
+    @property
+    def bad_epochs(self) -> tuple[int, ...]:
+        """The recorded epochs that `repair` has found damaged, rising."""
+        return self._writer.bad_epochs
+
+    def heal(
+        self,
+        layout: ParameterLayout,
+        epoch: int,
+        weights: NDArray[np.float32],
+        buffers: Mapping[str, NDArray[Any]],
+    ) -> tuple[str, ...]:
+        """Put back the damaged objects of a bad epoch from its values, as for `append`; their keys.
+
+        Raises `InputError` unless the values are bit for bit those that were recorded.
+        """
+        return self._writer.heal(layout, EpochValues(_label(epoch), weights, buffers, {}), self._probe_index)
 
     def require_next(self, epoch: int) -> int:
         """`epoch` as an integer, if it can be recorded next; raises `InputError`."""
@@ -258,12 +276,6 @@ def _label(epoch: Any) -> int:
     if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
         raise InputError(f"epoch is {epoch!r}, expected an integer; pass the number of the epoch")
     return int(epoch)
-
-
-def _draw_probe(layout: ParameterLayout) -> NDArray[np.int64]:
-    """The probe of a new run: a balanced sample of up to 16384 weights, the same for equal layouts."""
-    bounds = layout.weight_bounds
-    return draw(balanced_counts(np.diff(bounds), PROBE_SIZE), bounds, np.random.default_rng(0))
 
 
 def _require_finite(layout: ParameterLayout, weights: NDArray[np.float32], where: str) -> None:

@@ -19,11 +19,15 @@ from .reading import read_checkpoint
 
 @dataclass(frozen=True)
 class Imported:
-    """A checkpoint file and the epoch it is recorded as; `new` is False where that epoch was recorded before."""
+    """A checkpoint file and the epoch it is recorded as.
+
+    `new` is False where that epoch was recorded before; `healed` is True where it was damaged and this put it right.
+    """
 
     path: Path
     epoch: int
     new: bool
+    healed: bool = False
 
 
 def import_checkpoints(
@@ -34,7 +38,8 @@ def import_checkpoints(
     nonfinite: NonFinite = "raise",
     progress: Callable[[Imported], None] | None = None,
 ) -> list[Imported]:
-    """Record checkpoint files into a run, which is made if there is none; epochs recorded already are skipped.
+    """Record checkpoint files into a run, which is made if there is none; epochs recorded already are skipped,
+    and bad ones are healed.
 
     first_epoch: number the files from here on in natural order of their names; by default an epoch is the number in
     the file's name, see `epochs_of`. progress: called after each file.
@@ -48,9 +53,9 @@ def import_checkpoints(
     done: list[Imported] = []
     with RunWriter(run, fsync=fsync, nonfinite=nonfinite) as writer:
         for epoch, path in epochs_of(paths, first_epoch).items():
-            imported = Imported(path, epoch, new=epoch not in writer.epochs)
-            if imported.new:
-                _record(writer, path, epoch)
+            imported = Imported(path, epoch, epoch not in writer.epochs, epoch in writer.bad_epochs)
+            if imported.new or imported.healed:
+                _record(writer, imported)
             done.append(imported)
             if progress is not None:
                 progress(imported)
@@ -80,8 +85,10 @@ def epochs_of(paths: Sequence[Path], first_epoch: int | None = None) -> dict[int
     return dict(sorted(epochs.items()))
 
 
-def _record(writer: RunWriter, path: Path, epoch: int) -> None:
-    writer.require_next(epoch)
+def _record(writer: RunWriter, imported: Imported) -> None:
+    path, epoch = imported.path, imported.epoch
+    if imported.new:
+        writer.require_next(epoch)
     tensors = read_checkpoint(path)
     known, parameters = writer.layout, None
     try:
@@ -90,7 +97,10 @@ def _record(writer: RunWriter, path: Path, epoch: int) -> None:
             parameters = {name for entry in known.weights for name in entry.names}
         layout = layout_of(tensors, parameters)
         weights, buffers = flatten(layout, tensors)
-        writer.append(layout, epoch, weights, buffers)
+        if imported.new:
+            writer.append(layout, epoch, weights, buffers)
+        else:
+            writer.heal(layout, epoch, weights, buffers)
     except InputError as error:
         raise type(error)(f"{path}: {error}") from error
 

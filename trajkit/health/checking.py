@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +38,7 @@ def check(
     A run of one epoch has only its NaN and infinite values to show. Raises `UnknownNameError` for an epoch that does
     not exist, `InputError` for one named twice, `DamagedRunError` where an object that it needs is damaged.
     """
-    path = run.path if isinstance(run, Run) else Path(run)
+    path = run.path if isinstance(run, Run) else run
     with _pointing_to_verify(path):
         run = run if isinstance(run, Run) else open_run(run)
         rows = run.rows_of(epochs)
@@ -58,7 +57,7 @@ def check(
 
 
 @contextmanager
-def _pointing_to_verify(path: Path) -> Iterator[None]:
+def _pointing_to_verify(path: PathLike) -> Iterator[None]:
     try:
         yield
     except DamagedRunError as damage:

@@ -31,7 +31,7 @@ class Finding:
 class HealthReport:
     """What was found in the content of a run."""
 
-    path: Path
+    path: Path | str
     epochs: tuple[int, ...]
     """The labels that were checked, rising."""
     findings: tuple[Finding, ...]

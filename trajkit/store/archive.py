@@ -21,6 +21,7 @@ from .expected import part, require_objects
 from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays, chunk_rule, commit_key
 from .objects import DamagedObjectError
 from .place import Objects, PathLike, objects_at
+from .probe import draw_probe
 from .root import layout_of_root, read_document
 
 Columns = tuple[int, int]
@@ -93,6 +94,8 @@ class Archive:
 
     def read_probe_index(self) -> NDArray[np.int64]:
         """(P,) rising indices of the probe weights; raises `DamagedRunError` where they are none."""
+        if isinstance(self.records[0], LostRecord):  # which named their object, too
+            return draw_probe(self.layout)
         index = self._read(PROBE_INDEX, (slice(0, self.documents[PROBE_INDEX]["shape"][0]),))
         if index[0] < 0 or index[-1] >= self.layout.n_weights or np.any(np.diff(index) <= 0):
             raise DamagedRunError(
@@ -186,7 +189,7 @@ def checked_documents(objects: Objects, layout: ParameterLayout) -> dict[str, di
     is damaged, and `DamagedRunError` names it.
     """
     stored = {path: read_document(objects, f"{path}/{METADATA}") for path in all_arrays(layout, 1, zstd=False)}
-    n_probe = _first_length(stored[PROBE_INDEX])
+    n_probe = first_length(stored[PROBE_INDEX])
     if not 1 <= n_probe <= layout.n_weights:
         raise DamagedRunError(f"{objects.root}: {PROBE_INDEX}/{METADATA} has {n_probe} probe weights; restore it")
     possible = [all_arrays(layout, n_probe, zstd) for zstd in (False, True)]
@@ -203,7 +206,7 @@ def read_all_records(objects: Objects, marks: Mapping[int, Mark]) -> tuple[Commi
     """All commit records; raises `DamagedRunError` where an array shows more epochs: shapes never run ahead."""
     # The shapes first: a writer may commit between the two reads.
     shown = {
-        path: _first_length(read_document(objects, f"{path}/{METADATA}"))
+        path: first_length(read_document(objects, f"{path}/{METADATA}"))
         for path in (EPOCH, WEIGHTS)
         if objects.exists(f"{path}/{METADATA}")
     }
@@ -217,7 +220,8 @@ def read_all_records(objects: Objects, marks: Mapping[int, Mark]) -> tuple[Commi
     return records
 
 
-def _first_length(document: dict[str, Any]) -> int:
+def first_length(document: Mapping[str, Any]) -> int:
+    """How many rows a ``zarr.json`` says that its array has, -1 where it does not say."""
     shape = document.get("shape")
     return shape[0] if isinstance(shape, list) and shape and type(shape[0]) is int else -1
 

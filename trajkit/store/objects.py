@@ -173,10 +173,15 @@ class LocalObjects:
         self.path(key).unlink(missing_ok=True)
 
     def move(self, key: str, target: str) -> None:
-        """Give an object another key, one that is free."""
+        """Give an object another key, one that is free; folders that become empty go."""
         os.rename(self.path(key), self.ready(target))
         self._remember(self.path(target).parent)
-        self._remember(self.path(key).parent)
+        for folder in self.path(key).parents:
+            if folder == self.root or os.listdir(folder):
+                self._remember(folder)
+                return
+            with contextlib.suppress(OSError):  # somebody is writing there
+                os.rmdir(folder)
 
     def delete_tree(self, prefix: str) -> None:
         """Delete all objects under a prefix, and its folders as far as they are empty."""

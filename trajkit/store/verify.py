@@ -20,22 +20,25 @@ import numpy as np
 from ..digest import canonical_json
 from ..errors import DamagedRunError, InputError, RunNotFoundError, TrajkitError, UnsupportedFormatError
 from ..layout import ParameterLayout
-from .archive import place_of
+from .archive import first_length, place_of
 from .arrays import with_rows
-from .commit import CommitRecord, LostRecord, StoredObject, examine_records
+from .commit import MOST_MISSING, RECORD, CommitRecord, LostRecord, StoredObject, examine_records
 from .damage import Damage, Mark, read_marks
 from .evaluations import read_evaluation
 from .expected import part, require_objects
 from .fits import fit_names, open_fit
 from .format import (
+    BAD,
     BUFFERS,
     COMMITS,
+    EPOCH,
     EVALUATIONS,
     FITS,
     LAYOUT_COPY,
     METADATA,
     PROBE,
     PROBE_INDEX,
+    WEIGHTS,
     all_arrays,
     commit_key,
     group_document,
@@ -89,14 +92,14 @@ def verify(place: PathLike, level: Level = "sampled", progress: Progress | None 
         raise InputError(f"level is {level!r}, expected one of {', '.join(get_args(Level))}; choose one")
     began = time.perf_counter()
     objects = objects_at(place)
-    examination = examine(objects)
+    examination = examine(objects, recording=objects.is_locked(WRITER))
     chosen = examination.choose(level)
     examination.hash(chosen, progress)
     return Verification(
         run=objects.root,
         level=level,
         epochs=len(examination.records),
-        bad_epochs=tuple(mark.epoch for _, mark in sorted(examination.marks.items())),
+        bad_epochs=examination.bad_epochs,
         objects=len(examination.committed),
         hashed=len(chosen),
         hashed_bytes=sum(examination.committed[key].length for key in chosen),
@@ -122,6 +125,11 @@ class Examination:
     """Of each committed object: what it is when it is damaged, all but the kind of it."""
     damages: list[Damage] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
+
+    @property
+    def bad_epochs(self) -> tuple[int, ...]:
+        """The epochs that are marked, rising."""
+        return tuple(mark.epoch for _, mark in sorted(self.marks.items()))
 
     def choose(self, level: Level) -> list[str]:
         """The objects to hash, those that are not known to be damaged."""
@@ -174,10 +182,12 @@ class Examination:
         return replace(owner, key=key, what=what)
 
 
-def examine(objects: Objects) -> Examination:
-    """Everything but the content of the arrays; raises `RunNotFoundError` where there is no run."""
+def examine(objects: Objects, recording: bool) -> Examination:
+    """Everything but the content of the arrays; raises `RunNotFoundError` where there is no run.
+
+    recording: whether a training is at it: then shapes may lag behind, and what nothing names yet is no leftover.
+    """
     found = Examination(objects)
-    writing = objects.is_locked(WRITER)
     if not objects.exists(METADATA) and not objects.names(COMMITS):
         raise RunNotFoundError(f"{objects.root}: no run here, expected a directory with a {METADATA}; check the path")
     _read_marks(found)
@@ -186,11 +196,11 @@ def examine(objects: Objects) -> Examination:
     stored = dict(objects.lengths(""))  # after the records: what they name is there
     if found.layout is not None:
         _expect_rows(found, found.layout)
-        _compare_documents(found, found.layout, writing)
+        _compare_documents(found, found.layout, recording)
         _expect_fits(found, found.layout, stored)
     _read_evaluations(found)
     _compare_lengths(found, stored)
-    if not writing:
+    if not recording:
         found.leftovers = _leftovers(found, stored)
     return found
 
@@ -199,18 +209,39 @@ def _read_marks(found: Examination) -> None:
     try:
         found.marks = read_marks(found.objects)
     except DamagedRunError as error:
-        found.damages.append(Damage("epoch/bad", str(error)))
+        found.damages.append(Damage(BAD, _reason(found.objects, BAD, error)))
 
 
 def _read_records(found: Examination) -> None:
+    shown = _rows_shown(found.objects)  # first: a writer may commit between the two looks
     for record in examine_records(found.objects, found.marks):
         if isinstance(record, Damage):
             found.damages.append(record)
             found.records.append(None)
         else:
             found.records.append(record)
+    for row in range(len(found.records), min(shown, len(found.records) + MOST_MISSING)):
+        found.damages.append(Damage(commit_key(row), "is missing, the arrays show its epoch", RECORD, row=row))
+        found.records.append(None)
     if not any(found.records):
         raise RunNotFoundError(f"{found.objects.root}: the run has no epoch yet; wait for the first one to be recorded")
+
+
+def _reason(objects: Objects, key: str, error: Exception) -> str:
+    """What a reader says of an object, without the place and the cure."""
+    said = str(error).removeprefix(f"{objects.root}: ").removeprefix(key).strip()
+    return said.partition("; ")[0]
+
+
+def _rows_shown(objects: Objects) -> int:
+    """How many epochs plain Zarr sees; where the two arrays differ, one of them is damaged, or behind by a crash."""
+    rows: list[int] = []
+    for path in (EPOCH, WEIGHTS):
+        try:
+            rows.append(first_length(read_document(objects, f"{path}/{METADATA}")))
+        except DamagedRunError:
+            return 0
+    return min(rows)
 
 
 def _read_layout(found: Examination) -> None:
@@ -226,20 +257,23 @@ def _read_layout(found: Examination) -> None:
         except UnsupportedFormatError:
             raise
         except TrajkitError as error:
-            found.damages.append(Damage(key, f"is damaged: {error}"))
+            found.damages.append(Damage(key, _reason(found.objects, key, error)))
     found.layout = layouts[0] if layouts else None
 
 
 def _expect_rows(found: Examination, layout: ParameterLayout) -> None:
     """The documents of the arrays, and the objects of each row."""
     for row, record in enumerate(found.records):
-        if record is None or isinstance(record, LostRecord):
+        if record is None:
+            continue
+        if isinstance(record, LostRecord):
+            found.damages.append(Damage(commit_key(row), "is lost", f"epoch {record.epoch}: {RECORD}", row=row))
             continue
         try:
             documents = _documents_for(record, layout)
         except ValueError as error:
             what = f"is not what the layout asks for ({error})"
-            found.damages.append(Damage(commit_key(row), what, "commit record ", row=row))
+            found.damages.append(Damage(commit_key(row), what, RECORD, row=row))
             continue
         found.documents = {
             path: document if path == PROBE_INDEX else with_rows(document, len(found.records))
@@ -281,8 +315,14 @@ def _documents_for(record: CommitRecord, layout: ParameterLayout) -> dict[str, d
     raise AssertionError("the second try returns or raises")
 
 
-def _compare_documents(found: Examination, layout: ParameterLayout, writing: bool) -> None:
+def _compare_documents(found: Examination, layout: ParameterLayout, recording: bool) -> None:
     """Every ``zarr.json`` of the run's own nodes with what it should say; while a training records, rows may lag."""
+    for path, document in expected_documents(found, layout).items():
+        found.damages += _document_damage(found.objects, path, document, len(found.records) if recording else None)
+
+
+def expected_documents(found: Examination, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
+    """Path -> ``zarr.json`` of the run's own nodes as they should be, "" for the run itself."""
     expected = dict(found.documents)
     if layout.buffer_sizes:
         expected[BUFFERS] = group_document()
@@ -291,8 +331,7 @@ def _compare_documents(found: Examination, layout: ParameterLayout, writing: boo
     for folder in (FITS, EVALUATIONS):
         if found.objects.names(folder):
             expected[folder] = group_document()
-    for path, document in expected.items():
-        found.damages += _document_damage(found.objects, path, document, len(found.records) if writing else None)
+    return expected
 
 
 def _document_damage(
@@ -303,7 +342,7 @@ def _document_damage(
     try:
         stored = read_document(objects, key)
     except DamagedRunError as error:
-        return [Damage(key, f"is damaged: {error}", aside=aside)]
+        return [Damage(key, _reason(objects, key, error), aside=aside)]
     if _as_compared(stored, expected, most_rows) == _as_compared(expected, expected, most_rows):
         return []
     if _as_compared(stored, expected, 2**63) == _as_compared(expected, expected, 2**63):
@@ -336,18 +375,19 @@ def _expect_fits(found: Examination, layout: ParameterLayout, stored: Mapping[st
         if name == METADATA:
             continue
         aside = f"{FITS}/{name}"
+        key = f"{aside}/{METADATA}"
         blank = Damage("", "", f"fit '{name}': object ", "fit again by another name, or trajkit repair", aside=aside)
         tables = [key for key in stored if key.startswith(f"{aside}/") and key.endswith("/mode/objects.json")]
         if name not in fit_names(found.objects):
             if tables and not found.objects.is_locked(f"fit-{name}"):
                 what = "is missing: the fit was interrupted at its very end, or it is lost"
-                found.damages.append(replace(blank, key=f"{aside}/{METADATA}", what=what))
+                found.damages.append(replace(blank, key=key, what=what))
             continue
         try:
             fit = open_fit(found.objects, name, layout)
             table = fit.committed()
         except TrajkitError as error:
-            found.damages.append(replace(blank, key=f"{aside}/{METADATA}", what=f"is damaged: {error}"))
+            found.damages.append(replace(blank, key=key, what=_reason(found.objects, key, error)))
             continue
         found.committed |= table
         found.owners |= {key: replace(blank, key=key) for key in table}
@@ -366,7 +406,9 @@ def _read_evaluations(found: Examination) -> None:
             read_evaluation(found.objects, number)
         except DamagedRunError as error:
             cure = "evaluate again, or trajkit repair"
-            found.damages.append(Damage(key, f"is damaged: {error}", "", cure, aside=f"{EVALUATIONS}/{number}"))
+            found.damages.append(
+                Damage(key, _reason(found.objects, key, error), "", cure, aside=f"{EVALUATIONS}/{number}")
+            )
 
 
 def _compare_lengths(found: Examination, stored: Mapping[str, int]) -> None:
@@ -377,13 +419,17 @@ def _compare_lengths(found: Examination, stored: Mapping[str, int]) -> None:
 
 
 def _leftovers(found: Examination, stored: Mapping[str, int]) -> list[str]:
-    """Objects of arrays that nothing names, of a recording or a fit that was interrupted."""
-    arrays = tuple(f"{path}/c/" for path in found.documents)
-    current = {owner.aside for owner in found.owners.values() if owner.aside is not None}
-    names = {f"{FITS}/{name}" for name in found.objects.names(FITS)} - {f"{FITS}/{METADATA}"}
-    abandoned = tuple(f"{name}/" for name in names - current if not found.objects.is_locked(f"fit-{name[5:]}"))
-    return sorted(
-        key
-        for key in stored
-        if key not in found.committed and (key.startswith(arrays) or (abandoned and key.startswith(abandoned)))
-    )
+    """Objects that nothing names, of a recording or a fit that was interrupted."""
+    arrays = found.documents.keys() - {PROBE_INDEX}
+    current = {owner.aside for owner in found.owners.values()}
+    fits = {f"{FITS}/{name}" for name in found.objects.names(FITS) if name != METADATA}
+    abandoned = {fit for fit in fits - current if not found.objects.is_locked(f"fit-{fit.removeprefix(FITS + '/')}")}
+
+    def left(key: str) -> bool:
+        path, _, position = key.partition("/c/")
+        row = position.partition("/")[0]
+        if path in arrays and row.isdigit():
+            return int(row) >= len(found.records)
+        return "/".join(key.split("/")[:2]) in abandoned
+
+    return sorted(key for key in stored if key not in found.committed and left(key))

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from ..digest import canonical_json
 from ..errors import InputError, PathExistsError, RunLockedError
 from ..layout import ParameterLayout, require_same_layout
-from .archive import committed_documents, read_all_records
+from .archive import committed_documents, place_of, read_all_records
 from .arrays import store, with_rows
-from .commit import CommitRecord, StoredObject
-from .damage import read_marks
+from .commit import CommitRecord, LostRecord, StoredObject
+from .damage import mark_key, read_marks
 from .format import (
+    ASIDE,
     BUFFERS,
     COMMITS,
     EPOCH,
@@ -40,6 +41,7 @@ from .format import (
     group_document,
     saves_enough,
 )
+from .objects import DamagedObjectError
 from .place import Objects, PathLike, is_url, objects_at
 from .root import layout_of_root, read_document, require_readable, root_document, with_arrays, write_document
 
@@ -87,6 +89,11 @@ class ArchiveWriter:
         """The directory of the archive, absolute, or its URL."""
         return self._objects.root
 
+    @property
+    def bad_epochs(self) -> tuple[int, ...]:
+        """The recorded epochs that are marked as bad, rising."""
+        return tuple(mark.epoch for _, mark in sorted(read_marks(self._objects).items()))
+
     def close(self) -> None:
         """Let the next writer in."""
         self._lock.release()
@@ -129,6 +136,51 @@ class ArchiveWriter:
                 self._whole = True
             return record
 
+    def heal(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> tuple[str, ...]:
+        """Put back the damaged objects of a recorded epoch, which `values` must give bit for bit; their keys.
+
+        Raises `InputError` where the values are others than were recorded, or nothing says what was.
+        """
+        with self._one_at_a_time:
+            self._require_held()
+            record = next(record for record in self.records if record.epoch == values.epoch)
+            where = f"{self._objects.root}: epoch {values.epoch}"
+            if self.layout is None or isinstance(record, LostRecord):
+                raise InputError(
+                    f"{where}: its commit record is lost, so nothing says what was recorded;"
+                    " restore the record from a copy, or record into a new run"
+                )
+            require_same_layout(layout, self.layout, where)
+            _require_vectors(layout, values, where)
+            contents: dict[str, bytes] = {}
+
+            def keep(key: str, *parts: bytes | memoryview) -> None:
+                contents[key] = b"".join(parts)
+
+            for key, made in self._store_row(keep, record.row, values, probe_index).items():
+                if made != record.objects[key]:
+                    place = place_of(key, layout, self.records).removeprefix(f"epoch {values.epoch}: ")
+                    raise InputError(
+                        f"{where}: {place}the values are not those that were recorded as object {key};"
+                        " give the checkpoint of this epoch"
+                    )
+            damaged = tuple(key for key in contents if not self._is_sound(key, record.objects[key]))
+            for key in damaged:
+                if self._objects.exists(key):
+                    self._objects.move(key, f"{ASIDE}/{self._writer}/{key}")
+                self._objects.create_atomically(key, contents[key])
+            if self._objects.exists(mark_key(record.row)):
+                self._objects.move(mark_key(record.row), f"{ASIDE}/{self._writer}/{mark_key(record.row)}")
+            self._objects.sync_names()
+            return damaged
+
+    def _is_sound(self, key: str, stored: StoredObject) -> bool:
+        try:
+            self._objects.sound_file(key, stored.length, stored.hash)
+        except DamagedObjectError:
+            return False
+        return True
+
     def _commit(self, record: CommitRecord) -> None:
         """Put the record where there is none; raises `RunLockedError` where somebody has taken the archive over."""
         where = f"{self._objects.root}: epoch {record.epoch}"
@@ -146,7 +198,7 @@ class ArchiveWriter:
         written: dict[str, StoredObject] = {}
         if row == 0:
             self._create_arrays(layout, values.weights, probe_index, written)
-        self._write_row(row, values, probe_index, written)
+        written |= self._store_row(self._objects.create, row, values, probe_index)
         if row == 0:
             self._objects.sync_names()
             write_document(self._objects, "", with_arrays(self._root, self._documents))
@@ -179,19 +231,22 @@ class ArchiveWriter:
             write_document(self._objects, path, document)
         written |= store(self._objects.create, PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index)
 
-    def _write_row(
-        self, row: int, values: EpochValues, probe_index: NDArray[np.int64], written: dict[str, StoredObject]
-    ) -> None:
+    def _store_row(
+        self, write: Callable[..., None], row: int, values: EpochValues, probe_index: NDArray[np.int64]
+    ) -> dict[str, StoredObject]:
+        """Store a row of every array that has them, see `store`."""
+        written: dict[str, StoredObject] = {}
         weights = values.weights
         here = slice(row, row + 1)
         grown = {path: with_rows(document, row + 1) for path, document in self._documents.items()}
         for columns in chunk_rule(weights.size).objects():
-            written |= store(self._objects.create, WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns])
-        written |= store(self._objects.create, PROBE, grown[PROBE], (here, slice(None)), weights[None, probe_index])
+            written |= store(write, WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns])
+        written |= store(write, PROBE, grown[PROBE], (here, slice(None)), weights[None, probe_index])
         for dtype, vector in values.buffers.items():
             path = buffer_path(dtype)
-            written |= store(self._objects.create, path, grown[path], (here, slice(None)), vector[None])
-        written |= store(self._objects.create, EPOCH, grown[EPOCH], (here,), np.array([values.epoch]))
+            written |= store(write, path, grown[path], (here, slice(None)), vector[None])
+        written |= store(write, EPOCH, grown[EPOCH], (here,), np.array([values.epoch]))
+        return written
 
     def _grow(self) -> None:
         """Make the shapes say what is committed."""

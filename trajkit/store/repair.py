@@ -1,0 +1,205 @@
+"""Make a damaged run usable again, without ever deleting: what is damaged or left over is moved to ``epoch/aside``.
+
+Metadata is written again from the layout, which is kept twice; objects that follow from others, an epoch's label, its
+probe row and the probe's indices, are made again and must have the committed hash. An epoch whose weights or buffers
+are damaged is marked as bad: what takes all epochs leaves it out, and its checkpoint, recorded again, heals it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..digest import canonical_json, digest
+from ..errors import DamagedRunError
+from ..layout import ParameterLayout
+from .arrays import VerifiedReader, encode
+from .commit import CommitRecord
+from .damage import Damage, Mark, mark_key
+from .format import ASIDE, EPOCH, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, WEIGHTS
+from .place import Objects, PathLike, objects_at
+from .probe import draw_probe
+from .raw import CHECKSUM_BYTES
+from .root import encoded, read_document
+from .verify import Examination, Progress, examine, expected_documents
+from .writer import WRITER
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What `repair` has done. `bad_epochs` are marked as bad now; `damages` are those of them, and what has no cure."""
+
+    run: Path | str
+    actions: tuple[str, ...]
+    bad_epochs: tuple[int, ...]
+    damages: tuple[Damage, ...]
+
+
+def repair(place: PathLike, progress: Progress | None = None) -> Repair:
+    """Verify the run at a path or URL in full, and make of it what can be made; nothing is deleted.
+
+    progress: called with the bytes hashed and to hash.
+
+    Raises `RunNotFoundError` where there is no run, `RunLockedError` while one is recorded, `DamagedRunError` where
+    the layout is lost: then restore ``zarr.json`` or ``epoch/layout.json`` from a copy.
+    """
+    objects = objects_at(place, owner=WRITER)
+    lock = objects.lock(WRITER, "the run")
+    try:
+        found = examine(objects, recording=False)
+        if found.layout is None:
+            raise DamagedRunError(
+                f"{objects.root}: {METADATA} and {LAYOUT_COPY} are both damaged, expected the layout in one of them;"
+                " restore one from a copy of the run"
+            )
+        found.hash(found.choose("full"), progress)
+        actions = list(_Repairer(objects, found, found.layout).repair())
+        after = examine(objects, recording=False)
+        known = {damage.key for damage in after.damages}
+        left = [damage for damage in found.damages if damage.row in after.marks and damage.key not in known]
+        return Repair(objects.root, tuple(actions), after.bad_epochs, (*after.damages, *left))
+    finally:
+        lock.release()
+
+
+class _Repairer:
+    """The steps of a repair, each of which says what it has done."""
+
+    def __init__(self, objects: Objects, found: Examination, layout: ParameterLayout) -> None:
+        self._objects, self._found, self._layout = objects, found, layout
+        self._aside = f"{ASIDE}/{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
+        self._damaged = {damage.key: damage for damage in found.damages}
+
+    def repair(self) -> Iterator[str]:
+        """All of it, what others rest on first."""
+        yield from self._renew_documents()
+        yield from self._renew_objects()
+        yield from self._mark_rows()
+        yield from self._set_aside()
+        self._objects.sync_names()
+
+    def _renew_documents(self) -> Iterator[str]:
+        """Write damaged metadata again; attributes of others in it are kept where it can be read."""
+        if LAYOUT_COPY in self._damaged:
+            self._renew(LAYOUT_COPY, canonical_json(self._layout.to_json()))
+            yield f"{LAYOUT_COPY} written again"
+        for path, document in expected_documents(self._found, self._layout).items():
+            key = f"{path}/{METADATA}" if path else METADATA
+            if key in self._damaged:
+                self._renew(key, encoded(self._with_attributes(key, document), path))
+                yield f"{key} written again"
+
+    def _with_attributes(self, key: str, document: dict[str, Any]) -> dict[str, Any]:
+        try:
+            others = read_document(self._objects, key).get("attributes")
+        except DamagedRunError:
+            others = None
+        attributes = others if isinstance(others, dict) else {}
+        return {**document, "attributes": attributes | document["attributes"]}
+
+    def _renew_objects(self) -> Iterator[str]:
+        """Make again what follows from other objects."""
+        for key in [key for key in self._damaged if key in self._found.committed]:
+            data = self._made_again(key)
+            if data is not None and digest(data) == self._found.committed[key].hash:
+                self._renew(key, data)
+                del self._damaged[key]
+                yield f"{key} made again, as it was committed"
+
+    def _made_again(self, key: str) -> bytes | None:
+        """The content that an object should have, None where it follows from no other."""
+        path, _, position = key.partition("/c/")
+        documents = self._found.documents
+        if path == PROBE_INDEX:
+            return _encoded(path, documents[path], (slice(None),), draw_probe(self._layout))
+        if path not in (EPOCH, PROBE):
+            return None
+        row = int(position.partition("/")[0])
+        record = self._found.records[row]
+        assert record is not None, "an object is committed by a record"
+        here = slice(row, row + 1)
+        if path == EPOCH:
+            return _encoded(path, documents[path], (here,), np.array([record.epoch]))
+        values = self._probe_row(record)
+        return None if values is None else _encoded(path, documents[path], (here, slice(None)), values)
+
+    def _probe_row(self, record: CommitRecord) -> NDArray[Any] | None:
+        """The values of the probe weights in a row, where all of its weights are sound."""
+        reader = VerifiedReader(self._objects, record.objects)
+        row, n = record.row, self._layout.n_weights
+        try:
+            weights = reader.read(WEIGHTS, self._found.documents[WEIGHTS], (slice(row, row + 1), slice(0, n)))
+        except DamagedRunError:
+            return None
+        return weights[:, draw_probe(self._layout)]
+
+    def _mark_rows(self) -> Iterator[str]:
+        """Mark the epochs that are damaged still, and no others."""
+        damaged = {damage.row: damage for damage in reversed(self._damaged.values()) if damage.row is not None}
+        for row, damage in sorted(damaged.items()):
+            record = self._found.records[row]
+            lost = record is None
+            mark = Mark(row, self._label(row), f"{damage.key} {damage.what}", self._layout.digest if lost else None)
+            if self._found.marks.get(row) != mark and not (row in self._found.marks and not lost):
+                self._objects.replace(mark_key(row), mark.to_bytes())
+                yield f"epoch {mark.epoch} marked as bad: {mark.what}"
+            if lost:
+                self._move_aside(damage.key)
+        for row, known in self._found.marks.items():
+            if row not in damaged:
+                self._move_aside(mark_key(row))
+                yield f"epoch {known.epoch} is sound, its mark is removed"
+
+    def _label(self, row: int) -> int:
+        """The label of an epoch; where its record is lost, what its object says, if that fits between the others."""
+        records = self._found.records
+        if (record := records[row]) is not None:
+            return record.epoch
+        before = next((record.epoch for record in reversed(records[:row]) if record is not None), None)
+        after = next((record.epoch for record in records[row + 1 :] if record is not None), None)
+        low = -(2**63) if before is None else before + 1
+        high = 2**63 - 1 if after is None else after - 1
+        try:
+            stored = self._objects.read(f"{EPOCH}/c/{row}")
+            label = int.from_bytes(stored[:-CHECKSUM_BYTES], "little", signed=True)
+            if low <= label <= high and len(stored) == 8 + CHECKSUM_BYTES:
+                return label
+        except FileNotFoundError:
+            pass
+        return low if before is not None else high if after is not None else row
+
+    def _set_aside(self) -> Iterator[str]:
+        """Move what is of no use: damaged fits and evaluations, and what was never finished."""
+        prefixes = sorted({damage.aside for damage in self._damaged.values() if damage.aside is not None})
+        for prefix in prefixes:
+            keys = [key for key, _ in self._objects.lengths(prefix)]
+            for key in keys:
+                self._move_aside(key)
+            if not keys:
+                self._objects.delete_tree(prefix)  # empty folders
+            yield f"{prefix} moved to {self._aside}"
+        leftovers = [key for key in self._found.leftovers if not key.startswith(tuple(f"{p}/" for p in prefixes))]
+        for key in leftovers:
+            self._move_aside(key)
+        if leftovers:
+            yield f"{len(leftovers)} objects of an interrupted recording or fit moved to {self._aside}"
+
+    def _renew(self, key: str, data: bytes) -> None:
+        self._move_aside(key)
+        self._objects.create_atomically(key, data)
+
+    def _move_aside(self, key: str) -> None:
+        if self._objects.exists(key):
+            self._objects.move(key, f"{self._aside}/{key}")
+
+
+def _encoded(path: str, document: Mapping[str, Any], region: tuple[slice, ...], values: NDArray[Any]) -> bytes:
+    """The one object of `values` in `region` of an array."""
+    ((_, parts),) = encode(path, dict(document), region, values)
+    return b"".join(parts)
