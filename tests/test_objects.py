@@ -109,7 +109,7 @@ def test_metadata_that_is_too_long_is_neither_read_nor_written(
     with pytest.raises(DamagedRunError, match=r"zarr.json cannot be read \(\d+ bytes, at most 100 are read\)"):
         open_run(digits_run.path)
     with pytest.raises(DamagedRunError, match=r"commit record .* cannot be read \(\d+ bytes, at most 100 are read\)"):
-        read_records(digits_run.archive.objects)
+        read_records(digits_run.archive.objects, {})
     with pytest.raises(InputError, match=r"could not be read again \(\d+ bytes, at most 100 are read\)"):
         fit(digits_run)
     assert digits_run.fits == ()

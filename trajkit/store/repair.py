@@ -22,12 +22,12 @@ from ..layout import ParameterLayout
 from .arrays import VerifiedReader, encode
 from .commit import CommitRecord
 from .damage import Damage, Mark, mark_key
+from .examination import Examination, Progress, examine, expected_documents
 from .format import ASIDE, EPOCH, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, WEIGHTS
 from .place import Objects, PathLike, objects_at
 from .probe import draw_probe
 from .raw import CHECKSUM_BYTES
 from .root import encoded, read_document
-from .verify import Examination, Progress, examine, expected_documents
 from .writer import WRITER
 
 
@@ -58,7 +58,7 @@ def repair(place: PathLike, progress: Progress | None = None) -> Repair:
                 f"{objects.root}: {METADATA} and {LAYOUT_COPY} are both damaged, expected the layout in one of them;"
                 " restore one from a copy of the run"
             )
-        found.hash(found.choose("full"), progress)
+        found.hash(found.undamaged(), progress)
         actions = list(_Repairer(objects, found, found.layout).repair())
         after = examine(objects, recording=False)
         known = {damage.key for damage in after.damages}

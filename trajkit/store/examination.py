@@ -1,0 +1,365 @@
+"""What there is in a run, what should be, and where the two differ: what `verify` reports and `repair` works on.
+
+Unlike a reader it does not stop at the first damage, and does without whatever is damaged as far as it can.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from ..digest import canonical_json
+from ..errors import DamagedRunError, InputError, RunNotFoundError, TrajkitError, UnsupportedFormatError
+from ..layout import ParameterLayout
+from .archive import first_length, place_of
+from .arrays import with_rows
+from .commit import MOST_MISSING, RECORD, CommitRecord, LostRecord, StoredObject, examine_records
+from .damage import Damage, Mark, read_marks
+from .evaluations import read_evaluation
+from .expected import part, require_objects
+from .fits import fit_names, open_fit
+from .format import (
+    BAD,
+    BUFFERS,
+    COMMITS,
+    EPOCH,
+    EVALUATIONS,
+    FITS,
+    LAYOUT_COPY,
+    METADATA,
+    PROBE,
+    PROBE_INDEX,
+    WEIGHTS,
+    all_arrays,
+    commit_key,
+    group_document,
+)
+from .objects import DamagedObjectError, require_content, require_length
+from .place import Objects
+from .raw import CHECKSUM_BYTES
+from .root import layout_copy, layout_of_root, read_document, root_document, with_arrays
+
+Progress = Callable[[int, int], None]
+
+PROBE_BYTES = 4
+"""A value of the probe."""
+
+
+@dataclass
+class Examination:
+    """What there is in a run, what should be, and what is damaged as far as it was looked at."""
+
+    objects: Objects
+    marks: Mapping[int, Mark] = field(default_factory=dict)
+    records: list[CommitRecord | None] = field(default_factory=list)
+    """Of each row, None where it is damaged."""
+    layout: ParameterLayout | None = None
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Path -> ``zarr.json`` of every array as it should be."""
+    committed: dict[str, StoredObject] = field(default_factory=dict)
+    owners: dict[str, Damage] = field(default_factory=dict)
+    """Of each committed object: what it is when it is damaged, all but the kind of it."""
+    damages: list[Damage] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+
+    @property
+    def bad_epochs(self) -> tuple[int, ...]:
+        """The epochs that are marked, rising."""
+        return tuple(mark.epoch for _, mark in sorted(self.marks.items()))
+
+    def undamaged(self) -> list[str]:
+        """The committed objects that are not known to be damaged."""
+        known = {damage.key for damage in self.damages}
+        return [key for key in self.committed if key not in known]
+
+    def hash(self, keys: Iterable[str], progress: Progress | None) -> None:
+        """Hash objects, on all cores."""
+        keys = sorted(keys)
+        total = sum(self.committed[key].length for key in keys)
+        done = 0
+        lock = threading.Lock()
+
+        def check(key: str) -> Damage | None:
+            nonlocal done
+            damage = self.look(key, lambda: require_content(key, self.objects.digest(key), self.committed[key].hash))
+            with lock:
+                done += self.committed[key].length
+                if progress is not None:
+                    progress(done, total)
+            return damage
+
+        with ThreadPoolExecutor(max(os.cpu_count() or 1, self.objects.at_a_time)) as pool:
+            self.damages += [damage for damage in pool.map(check, keys) if damage is not None]
+
+    def look(self, key: str, look: Callable[[], None]) -> Damage | None:
+        """What is wrong with a committed object, by a look at it that raises."""
+        try:
+            look()
+        except DamagedObjectError as damage:
+            what = damage.what
+        except FileNotFoundError:
+            what = "is missing"
+        except OSError as error:
+            what = f"cannot be read ({error.strerror or error})"
+        else:
+            return None
+        owner = self.owners[key]
+        return replace(owner, key=key, what=what)
+
+
+def examine(objects: Objects, recording: bool) -> Examination:
+    """Everything but the content of the arrays; raises `RunNotFoundError` where there is no run.
+
+    recording: whether a training is at it: then shapes may lag behind, and what nothing names yet is no leftover.
+    """
+    found = Examination(objects)
+    if not objects.exists(METADATA) and not objects.names(COMMITS):
+        raise RunNotFoundError(f"{objects.root}: no run here, expected a directory with a {METADATA}; check the path")
+    _read_marks(found)
+    _read_records(found)
+    _read_layout(found)
+    stored = dict(objects.lengths(""))  # after the records: what they name is there
+    if found.layout is not None:
+        _expect_rows(found, found.layout)
+        _compare_documents(found, found.layout, recording)
+        _expect_fits(found, found.layout, stored)
+    _read_evaluations(found)
+    _compare_lengths(found, stored)
+    if not recording:
+        found.leftovers = _leftovers(found, stored)
+    return found
+
+
+def _read_marks(found: Examination) -> None:
+    try:
+        found.marks = read_marks(found.objects)
+    except DamagedRunError as error:
+        found.damages.append(Damage(BAD, _reason(found.objects, BAD, error)))
+
+
+def _read_records(found: Examination) -> None:
+    shown = _rows_shown(found.objects)  # first: a writer may commit between the two looks
+    for record in examine_records(found.objects, found.marks):
+        if isinstance(record, Damage):
+            found.damages.append(record)
+            found.records.append(None)
+        else:
+            found.records.append(record)
+    for row in range(len(found.records), min(shown, len(found.records) + MOST_MISSING)):
+        found.damages.append(Damage(commit_key(row), "is missing, the arrays show its epoch", RECORD, row=row))
+        found.records.append(None)
+    if not any(found.records):
+        raise RunNotFoundError(f"{found.objects.root}: the run has no epoch yet; wait for the first one to be recorded")
+
+
+def _reason(objects: Objects, key: str, error: Exception) -> str:
+    """What a reader says of an object, without the place and the cure."""
+    said = str(error).removeprefix(f"{objects.root}: ").removeprefix(key).strip()
+    return said.partition("; ")[0]
+
+
+def _rows_shown(objects: Objects) -> int:
+    """How many epochs plain Zarr sees; where the two arrays differ, one of them is damaged, or behind by a crash."""
+    rows: list[int] = []
+    for path in (EPOCH, WEIGHTS):
+        try:
+            rows.append(first_length(read_document(objects, f"{path}/{METADATA}")))
+        except DamagedRunError:
+            return 0
+    return min(rows)
+
+
+def _read_layout(found: Examination) -> None:
+    """The layout that was recorded, from the group or else from its copy."""
+    recorded = next(record.layout for record in found.records if record is not None)
+    layouts: list[ParameterLayout] = []
+    for key, read in ((METADATA, layout_of_root), (LAYOUT_COPY, layout_copy)):
+        try:
+            layout = read(found.objects)
+            if layout.digest != recorded:
+                raise InputError("has another layout than the one that was recorded")
+            layouts.append(layout)
+        except UnsupportedFormatError:
+            raise
+        except TrajkitError as error:
+            found.damages.append(Damage(key, _reason(found.objects, key, error)))
+    found.layout = layouts[0] if layouts else None
+
+
+def _expect_rows(found: Examination, layout: ParameterLayout) -> None:
+    """The documents of the arrays, and the objects of each row."""
+    for row, record in enumerate(found.records):
+        if record is None:
+            continue
+        if isinstance(record, LostRecord):
+            found.damages.append(Damage(commit_key(row), "is lost", f"epoch {record.epoch}: {RECORD}", row=row))
+            continue
+        try:
+            documents = _documents_for(record, layout)
+        except ValueError as error:
+            what = f"is not what the layout asks for ({error})"
+            found.damages.append(Damage(commit_key(row), what, RECORD, row=row))
+            continue
+        found.documents = {
+            path: document if path == PROBE_INDEX else with_rows(document, len(found.records))
+            for path, document in documents.items()
+        }
+        found.committed |= record.objects
+        for key in record.objects:
+            of_row = None if key.startswith(PROBE_INDEX) else row
+            place = place_of(key, layout, [record] * (row + 1))
+            found.owners[key] = Damage(key, "", f"{place}object ", row=of_row)
+
+
+def _documents_for(record: CommitRecord, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
+    """Array -> ``zarr.json`` with the rows up to this one; raises `ValueError` where it has other objects.
+
+    What the layout leaves open, the number of probe weights and the codec, shows in the objects.
+    """
+    if record.layout != layout.digest:
+        raise ValueError("it has another layout")
+    probe = record.objects.get(f"{PROBE}/c/{record.row}/0")
+    n_probe = (probe.length - CHECKSUM_BYTES) // PROBE_BYTES if probe is not None else 0
+    if not 1 <= n_probe <= layout.n_weights:
+        raise ValueError(f"it has {n_probe} probe weights")
+    for zstd in (False, True):
+        arrays = all_arrays(layout, n_probe, zstd)
+        documents = {
+            path: document if path == PROBE_INDEX else with_rows(document, record.row + 1)
+            for path, document in arrays.items()
+        }
+        parts = [part(path, document, record.row) for path, document in documents.items() if path != PROBE_INDEX]
+        if record.row == 0:
+            parts.append(part(PROBE_INDEX, documents[PROBE_INDEX]))
+        try:
+            require_objects(record.objects, parts)
+            return documents
+        except ValueError:
+            if zstd:
+                raise
+    raise AssertionError("the second try returns or raises")
+
+
+def _compare_documents(found: Examination, layout: ParameterLayout, recording: bool) -> None:
+    """Every ``zarr.json`` of the run's own nodes with what it should say; while a training records, rows may lag."""
+    for path, document in expected_documents(found, layout).items():
+        found.damages += _document_damage(found.objects, path, document, len(found.records) if recording else None)
+
+
+def expected_documents(found: Examination, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
+    """Path -> ``zarr.json`` of the run's own nodes as they should be, "" for the run itself."""
+    expected = dict(found.documents)
+    if layout.buffer_sizes:
+        expected[BUFFERS] = group_document()
+    if expected:
+        expected[""] = with_arrays(root_document(layout), found.documents)
+    for folder in (FITS, EVALUATIONS):
+        if found.objects.names(folder):
+            expected[folder] = group_document()
+    return expected
+
+
+def _document_damage(
+    objects: Objects, path: str, expected: dict[str, Any], most_rows: int | None, aside: str | None = None
+) -> list[Damage]:
+    """What is wrong with the ``zarr.json`` of a node. Attributes of the user's own are left alone."""
+    key = f"{path}/{METADATA}" if path else METADATA
+    try:
+        stored = read_document(objects, key)
+    except DamagedRunError as error:
+        return [Damage(key, _reason(objects, key, error), aside=aside)]
+    if _as_compared(stored, expected, most_rows) == _as_compared(expected, expected, most_rows):
+        return []
+    if _as_compared(stored, expected, 2**63) == _as_compared(expected, expected, 2**63):
+        return [Damage(key, "shows another number of epochs than are recorded: an interrupted recording, or damage")]
+    return [Damage(key, "does not say what it should", aside=aside)]
+
+
+def _as_compared(document: dict[str, Any], expected: dict[str, Any], most_rows: int | None) -> bytes:
+    """A ``zarr.json`` spelled, without what may differ: attributes of others, and rows up to `most_rows`."""
+    compared = {key: value for key, value in document.items() if not (key == "storage_transformers" and value == [])}
+    attributes = compared.get("attributes")
+    if isinstance(attributes, dict):
+        compared["attributes"] = {name: attributes.get(name) for name in expected.get("attributes", {})}
+    shape = compared.get("shape")
+    if most_rows is not None and isinstance(shape, list) and shape and shape[0] in range(most_rows + 1):
+        compared["shape"] = [None, *shape[1:]]
+    inline = compared.get("consolidated_metadata")
+    if isinstance(inline, dict) and isinstance(inline.get("metadata"), dict):
+        of_nodes = expected.get("consolidated_metadata", {}).get("metadata", {})
+        nodes = {
+            path: _as_compared(node, of_nodes.get(path, {}), most_rows).decode() if isinstance(node, dict) else None
+            for path, node in inline["metadata"].items()
+        }
+        compared["consolidated_metadata"] = {**inline, "metadata": nodes}
+    return canonical_json(compared)
+
+
+def _expect_fits(found: Examination, layout: ParameterLayout, stored: Mapping[str, int]) -> None:
+    for name in found.objects.names(FITS):
+        if name == METADATA:
+            continue
+        aside = f"{FITS}/{name}"
+        key = f"{aside}/{METADATA}"
+        blank = Damage("", "", f"fit '{name}': object ", "fit again by another name, or trajkit repair", aside=aside)
+        tables = [key for key in stored if key.startswith(f"{aside}/") and key.endswith("/mode/objects.json")]
+        if name not in fit_names(found.objects):
+            if tables and not found.objects.is_locked(f"fit-{name}"):
+                what = "is missing: the fit was interrupted at its very end, or it is lost"
+                found.damages.append(replace(blank, key=key, what=what))
+            continue
+        try:
+            fit = open_fit(found.objects, name, layout)
+            table = fit.committed()
+        except TrajkitError as error:
+            found.damages.append(replace(blank, key=key, what=_reason(found.objects, key, error)))
+            continue
+        found.committed |= table
+        found.owners |= {key: replace(blank, key=key) for key in table}
+        documents = {fit.group: group_document(), aside: fit.group_document()}
+        documents |= {f"{fit.group}/{array}": document for array, document in fit.documents.items()}
+        for path, document in documents.items():
+            found.damages += _document_damage(found.objects, path, document, None, aside)
+
+
+def _read_evaluations(found: Examination) -> None:
+    for number in found.objects.names(EVALUATIONS):
+        if number == METADATA:
+            continue
+        key = f"{EVALUATIONS}/{number}/{METADATA}"
+        try:
+            read_evaluation(found.objects, number)
+        except DamagedRunError as error:
+            cure = "evaluate again, or trajkit repair"
+            found.damages.append(
+                Damage(key, _reason(found.objects, key, error), "", cure, aside=f"{EVALUATIONS}/{number}")
+            )
+
+
+def _compare_lengths(found: Examination, stored: Mapping[str, int]) -> None:
+    for key, committed in found.committed.items():
+        damage = found.look(key, partial(require_length, key, stored.get(key), committed.length))
+        if damage is not None:
+            found.damages.append(damage)
+
+
+def _leftovers(found: Examination, stored: Mapping[str, int]) -> list[str]:
+    """Objects that nothing names, of a recording or a fit that was interrupted."""
+    arrays = found.documents.keys() - {PROBE_INDEX}
+    current = {owner.aside for owner in found.owners.values()}
+    fits = {f"{FITS}/{name}" for name in found.objects.names(FITS) if name != METADATA}
+    abandoned = {fit for fit in fits - current if not found.objects.is_locked(f"fit-{fit.removeprefix(FITS + '/')}")}
+
+    def left(key: str) -> bool:
+        path, _, position = key.partition("/c/")
+        row = position.partition("/")[0]
+        if path in arrays and row.isdigit():
+            return int(row) >= len(found.records)
+        return "/".join(key.split("/")[:2]) in abandoned
+
+    return sorted(key for key in stored if key not in found.committed and left(key))
