@@ -247,7 +247,7 @@ class FitWriter:
         table = canonical_json({key: [item.length, item.hash] for key, item in stored.items()})
         written = {_objects_key(self._group): table}
         groups = {f"{self._group}/{array}": document for array, document in documents.items()}
-        for path, document in {self._group: group_document(), **groups}.items():
+        for path, document in groups.items():
             written[f"{path}/{METADATA}"] = encoded(document, path)
         for key, data in written.items():
             put(key, data)
@@ -255,6 +255,9 @@ class FitWriter:
         if not self._objects.exists(f"{FITS}/{METADATA}"):
             write_document(self._objects, FITS, group_document())
         self._objects.sync_names(*self._folders())  # helpers elsewhere have put objects there
+        # Now plain Zarr may find the version, beside an older one; and it does before the fit exists.
+        write_document(self._objects, self._group, group_document())
+        self._objects.sync_names()
         return digest(table)
 
     def _require_current(self) -> None:
@@ -289,6 +292,9 @@ class FitWriter:
         exists = str(_saved(self._objects, self.name)["version"])
         for name in self._objects.names(folder):
             if name not in (METADATA, exists):
+                # First that plain Zarr does not find it any more, or it would read fill values for what is gone.
+                self._objects.delete(f"{folder}/{name}/{METADATA}")
+                self._objects.sync_names(f"{folder}/{name}")
                 self._objects.delete_tree(f"{folder}/{name}")
 
     def _clear_abandoned(self) -> None:

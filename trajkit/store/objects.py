@@ -144,10 +144,11 @@ class LocalObjects:
 
     def clear_temporary(self) -> None:
         """Delete what an earlier owner of the same name left half written, and let no `put` of its come after."""
-        gone = f"{self._temporary_folder}-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path(self._temporary_folder), self.path(gone))
-            self.delete_tree(gone)
+            os.rename(self.path(self._temporary_folder), self.path(f"{self._temporary_folder}~{uuid.uuid4().hex}"))
+        for name in self.names(TEMPORARY):
+            if name.startswith(f"{self._owner}~"):  # also of one who was killed right here; no owner's name has a ~
+                self.delete_tree(f"{TEMPORARY}/{name}")
 
     def ready(self, key: str) -> Path:
         """The file for an object to be written, with its folders made; their names are synced with the others."""

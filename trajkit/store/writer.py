@@ -224,6 +224,8 @@ class ArchiveWriter:
     def _require_ours(self) -> None:
         """Refuse a directory that holds something else; nothing is ever written into it."""
         names = self._objects.names("")
+        if names == [EPOCH] and not self._objects.names(EPOCH):
+            return  # a writer was killed before it could lock
         if names and not self._objects.path(LOCKS).is_dir() and not self._objects.path(COMMITS).is_dir():
             raise PathExistsError(
                 f"{self._objects.root}: expected a run or an empty folder, found '{names[0]}';"
