@@ -64,6 +64,7 @@ def save_evaluation(objects: LocalObjects, evaluation: Evaluation) -> None:
         write_document(objects, EVALUATIONS, group_document())
     group = encoded(group_document({EVALUATION_ATTRIBUTE: evaluation.to_json()}), EVALUATIONS)
     number = len(_numbers(objects))
+    objects.sync_names("", EVALUATIONS)  # one who was killed may have made the folders
     while True:
         try:
             objects.create_atomically(f"{EVALUATIONS}/{number:04d}/{METADATA}", group)

@@ -254,7 +254,8 @@ class FitWriter:
         self._objects.sync(written.keys() | stored.keys())
         if not self._objects.exists(f"{FITS}/{METADATA}"):
             write_document(self._objects, FITS, group_document())
-        self._objects.sync_names(*self._folders())  # helpers elsewhere have put objects there
+        # Helpers elsewhere have put objects there, and one who was killed may have made the folder of all fits.
+        self._objects.sync_names("", FITS, *self._folders())
         # Now plain Zarr may find the version, beside an older one; and it does before the fit exists.
         write_document(self._objects, self._group, group_document())
         self._objects.sync_names()

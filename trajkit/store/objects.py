@@ -175,7 +175,12 @@ class LocalObjects:
         for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
             if not os.access(folder, os.R_OK):  # cleared since, or above the root and not ours to open
                 continue
-            _fsync(folder)
+            try:
+                _fsync(folder)
+            except OSError:
+                with self._unsynced_lock:
+                    self._unsynced |= folders  # whoever tries again means these, too
+                raise
 
     def _remember(self, folder: Path) -> None:
         with self._unsynced_lock:

@@ -203,8 +203,9 @@ class ArchiveWriter:
                         self._objects.delete_tree(f"{path}/c/{row}")
                         self._objects.delete(f"{path}/c/{row}")
             self._grow()
-        # After a crash nobody knows which names had reached the disk.
-        self._objects.sync_names("..", "", EPOCH, COMMITS)
+        # After a crash nobody knows which names had reached the disk; before the first commit, not even the run's own.
+        above = [".."] if self.records else [str(folder) for folder in self._objects.root.parents]
+        self._objects.sync_names(*above, "", EPOCH, COMMITS)
         self._whole = True
 
     def _clear_unborn(self) -> None:
