@@ -305,10 +305,12 @@ class FitWriter:
                 continue
             with contextlib.suppress(RunLockedError):
                 lock = WriterLock(self._objects.ready(f"{LOCKS}/fit-{name}"), name)
-                if not self._objects.exists(f"{FITS}/{name}/{METADATA}"):
-                    LocalObjects(self._objects.root, owner=f"fit-{name}").clear_temporary()
-                    self._objects.delete_tree(f"{FITS}/{name}")
-                lock.release()
+                try:
+                    if not self._objects.exists(f"{FITS}/{name}/{METADATA}"):
+                        LocalObjects(self._objects.root, owner=f"fit-{name}").clear_temporary()
+                        self._objects.delete_tree(f"{FITS}/{name}")
+                finally:
+                    lock.release()
 
 
 def fit_names(objects: LocalObjects) -> tuple[str, ...]:
