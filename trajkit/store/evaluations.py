@@ -58,6 +58,7 @@ def save_evaluation(objects: Objects, evaluation: Evaluation) -> None:
         write_document(objects, EVALUATIONS, group_document())
     group = encoded(sealed_group(EVALUATION_ATTRIBUTE, "evaluation", evaluation.to_json()), EVALUATIONS)
     number = len(_numbers(objects))
+    objects.sync_names("", EVALUATIONS)  # one who was killed may have made the folders
     while True:
         try:
             objects.create_atomically(f"{EVALUATIONS}/{number:04d}/{METADATA}", group)

@@ -281,14 +281,18 @@ class FitWriter:
         require_readable(table, f"fit '{self.name}'")
         written = {_objects_key(self._group): table}
         groups = {f"{self._group}/{array}": document for array, document in documents.items()}
-        for path, document in {self._group: group_document(), **groups}.items():
+        for path, document in groups.items():
             written[f"{path}/{METADATA}"] = encoded(document, path)
         for key, data in written.items():
             put(key, data)
         self._objects.sync(written.keys() | stored.keys())
         if not self._objects.exists(f"{FITS}/{METADATA}"):
             write_document(self._objects, FITS, group_document())
-        self._objects.sync_names(*self._folders())  # helpers elsewhere have put objects there
+        # Helpers elsewhere have put objects there, and one who was killed may have made the folder of all fits.
+        self._objects.sync_names("", FITS, *self._folders())
+        # Now plain Zarr may find the version, beside an older one; and it does before the fit exists.
+        write_document(self._objects, self._group, group_document())
+        self._objects.sync_names()
         return digest(table)
 
     def _require_current(self) -> None:
@@ -323,6 +327,9 @@ class FitWriter:
         exists = str(_saved(self._objects, self.name)["version"])
         for name in self._objects.names(folder):
             if name not in (METADATA, exists):
+                # First that plain Zarr does not find it any more, or it would read fill values for what is gone.
+                self._objects.delete(f"{folder}/{name}/{METADATA}")
+                self._objects.sync_names(f"{folder}/{name}")
                 self._objects.delete_tree(f"{folder}/{name}")
 
     def _clear_abandoned(self) -> None:
@@ -332,10 +339,12 @@ class FitWriter:
                 continue
             with contextlib.suppress(RunLockedError):
                 lock = self._objects.lock(f"fit-{name}", f"fit '{name}'")
-                if not self._objects.exists(f"{FITS}/{name}/{METADATA}"):
-                    self._objects.owned_by(f"fit-{name}").clear_temporary()
-                    self._objects.delete_tree(f"{FITS}/{name}")
-                lock.release()
+                try:
+                    if not self._objects.exists(f"{FITS}/{name}/{METADATA}"):
+                        self._objects.owned_by(f"fit-{name}").clear_temporary()
+                        self._objects.delete_tree(f"{FITS}/{name}")
+                finally:
+                    lock.release()
 
 
 def fit_names(objects: Objects) -> tuple[str, ...]:

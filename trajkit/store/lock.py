@@ -36,8 +36,12 @@ class WriterLock:
             raise RunLockedError(f"{what} is being written by {described(holder)}; wait for it or stop it") from error
         self.release = weakref.finalize(self, os.close, descriptor)
         os.register_at_fork(after_in_child=self.release)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"process": os.getpid(), "host": platform.node()}).encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"process": os.getpid(), "host": platform.node()}).encode(), 0)
+        except BaseException:
+            self.release()  # a full disk: nobody gets this object, but an error that is kept would keep it alive
+            raise
 
     @property
     def held(self) -> bool:

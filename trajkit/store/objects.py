@@ -63,16 +63,20 @@ class LocalObjects:
         return LocalObjects(self.root, self.fsync, owner)
 
     @property
+    def above(self) -> list[str]:
+        """The folders above the root as prefixes for `sync_names`, the nearest first."""
+        return [str(folder) for folder in self.root.parents]
+
+    @property
     def files(self) -> Path:
         """The directory below which `sound_file` has files, by key."""
         return self.root
 
     def path(self, key: str) -> Path:
         """The file that holds an object; raises `DamagedRunError` where a symbolic link or a device is on the way."""
-        target = self.root / key
-        here = self.root
-        for part in Path(key).parts:
-            here = here / part
+        here = str(self.root)  # not a Path: this is asked for every object that is read
+        for part in key.split("/"):
+            here = os.path.join(here, part)
             try:
                 mode = os.lstat(here).st_mode
             except (FileNotFoundError, NotADirectoryError):
@@ -81,7 +85,7 @@ class LocalObjects:
                 raise DamagedRunError(f"{here}: a symbolic link inside a run, expected none; put the data in its place")
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a pipe waits for ever
                 raise DamagedRunError(f"{here}: a pipe, socket or device inside a run, expected a file; remove it")
-        return target
+        return self.root / key
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
@@ -197,10 +201,11 @@ class LocalObjects:
 
     def clear_temporary(self) -> None:
         """Delete what an earlier owner of the same name left half written, and let no `put` of its come after."""
-        gone = f"{self._temporary_folder}-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path(self._temporary_folder), self.path(gone))
-            self.delete_tree(gone)
+            os.rename(self.path(self._temporary_folder), self.path(f"{self._temporary_folder}~{uuid.uuid4().hex}"))
+        for name in self.names(TEMPORARY):
+            if name.startswith(f"{self._owner}~"):  # also of one who was killed right here; no owner's name has a ~
+                self.delete_tree(f"{TEMPORARY}/{name}")
 
     def make_room(self, prefix: str) -> None:
         """Make the folder that `put` needs for objects under a prefix."""
@@ -247,7 +252,12 @@ class LocalObjects:
         for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
             if not os.access(folder, os.R_OK):  # cleared since, or above the root and not ours to open
                 continue
-            _fsync(folder)
+            try:
+                _fsync(folder)
+            except OSError:
+                with self._unsynced_lock:
+                    self._unsynced |= folders  # whoever tries again means these, too
+                raise
 
     def _remember(self, folder: Path) -> None:
         with self._unsynced_lock:

@@ -40,6 +40,10 @@ class Objects(Protocol):
         """The directory below which `sound_file` has files, by key."""
 
     @property
+    def above(self) -> list[str]:
+        """The folders above the root as prefixes for `sync_names`, the nearest first."""
+
+    @property
     def at_a_time(self) -> int:
         """How many requests are worth making side by side."""
 

@@ -69,6 +69,11 @@ class RemoteObjects:
         return self
 
     @property
+    def above(self) -> list[str]:
+        """Object stores have no folders."""
+        return []
+
+    @property
     def files(self) -> Path:
         """The folder into which objects are fetched, by key."""
         with self._spool_lock:

@@ -274,8 +274,9 @@ class ArchiveWriter:
                         self._objects.delete_tree(f"{path}/c/{row}")
                         self._objects.delete(f"{path}/c/{row}")
             self._grow()
-        # After a crash nobody knows which names had reached the disk.
-        self._objects.sync_names("..", "", EPOCH, COMMITS)
+        # After a crash nobody knows which names had reached the disk; before the first commit, not even the run's own.
+        above = self._objects.above
+        self._objects.sync_names(*(above[:1] if self.records else above), "", EPOCH, COMMITS)
         self._whole = True
 
     def _clear_unborn(self) -> None:
@@ -296,6 +297,8 @@ class ArchiveWriter:
     def _require_ours(self) -> None:
         """Refuse a directory that holds something else; nothing is ever written into it."""
         names = self._objects.names("")
+        if names == [EPOCH] and not self._objects.names(EPOCH):
+            return  # a writer was killed before it could lock
         if names and not {LOCKS, COMMITS} & {f"{EPOCH}/{name}" for name in self._objects.names(EPOCH)}:
             raise PathExistsError(
                 f"{self._objects.root}: expected a run or an empty folder, found '{names[0]}';"
