@@ -5,6 +5,9 @@ A message says where, what was expected, what was found and the cure, in one lin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TrajkitError(Exception):
     """Base of every error that trajkit raises on purpose."""
@@ -52,3 +55,12 @@ class MemoryBudgetError(TrajkitError, MemoryError):
 
 class ClusterError(TrajkitError, RuntimeError):
     """The workers of a cluster could not be reached, or died at the work."""
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Say where it was that an input could not be worked with."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{where}: {error}") from error

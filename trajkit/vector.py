@@ -44,7 +44,7 @@ def layout_of(tensors: Mapping[str, Tensor], parameters: Collection[str] | None 
     tied: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
         _require_recordable(name, tensor)
-        tied.setdefault(_identity(name, tensor), []).append(name)
+        tied.setdefault(identity(name, tensor), []).append(name)
 
     def entry(names: list[str]) -> TensorEntry:
         name, tensor = names[0], tensors[names[0]]
@@ -78,11 +78,7 @@ def flatten(layout: ParameterLayout, tensors: Mapping[str, Tensor]) -> Vectors:
     return weights, buffers
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _identity(name: str, tensor: Tensor) -> Any:
+def identity(name: str, tensor: Tensor) -> Any:
     """Equal for tensors that are the same view of the same memory."""
     if tensor.numel() == 0:
         return name
@@ -90,9 +86,14 @@ def _identity(name: str, tensor: Tensor) -> Any:
     return tensor.device, pointer, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _require_recordable(name: str, tensor: Tensor) -> None:
     for found, refused, cure in (
         ("is not initialised yet", is_lazy(tensor), "run one forward pass first"),
+        ("is a nested tensor", tensor.is_nested, "record its parts as tensors of their own"),
         ("is on the meta device and has no values", tensor.is_meta, "load the weights first"),
         ("is quantised", tensor.is_quantized, "record the model before quantisation"),
         (f"is {tensor.layout}", tensor.layout != torch.strided, "make it dense"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError, LayoutError
+from ..errors import InputError, LayoutError, placed
 from ..layout import ParameterLayout
 from ..run import NonFinite, PathLike, RunWriter
 from ..vector import flatten, layout_of
@@ -91,18 +91,17 @@ def _record(writer: RunWriter, imported: Imported) -> None:
         writer.require_next(epoch)
     tensors = read_checkpoint(path)
     known, parameters = writer.layout, None
-    try:
-        if known is not None:
-            tensors = _arranged(known, tensors)
-            parameters = {name for entry in known.weights for name in entry.names}
-        layout = layout_of(tensors, parameters)
-        weights, buffers = flatten(layout, tensors)
+    with placed(str(path)):
+        with placed(f"{writer.path}: epoch {epoch}"):
+            if known is not None:
+                tensors = _arranged(known, tensors)
+                parameters = {name for entry in known.weights for name in entry.names}
+            layout = layout_of(tensors, parameters)
+            weights, buffers = flatten(layout, tensors)
         if imported.new:
             writer.append(layout, epoch, weights, buffers)
         else:
             writer.heal(layout, epoch, weights, buffers)
-    except InputError as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def _arranged(known: ParameterLayout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

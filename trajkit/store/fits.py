@@ -50,6 +50,7 @@ FIT_ATTRIBUTE = "trajkit_fit"
 RESULTS = {"mode": "uint16", "scale": "float32", "mean": "float64", "correlation": "float32"}
 MOMENTS = {"variation": "float64", "correlations": "float32"}
 """What a fit needs to take further epochs, beside its results."""
+MOST_MODES = 1 << 16
 INDICES = ("mode", "reference_index", "sample_index")
 FIT_FIELDS: Mapping[str, type | UnionType] = {
     "version": int,
@@ -386,8 +387,8 @@ def _require_values(attributes: Mapping[str, Any]) -> None:
     epochs = [require_kind(epoch, int, "an epoch") for epoch in attributes["epochs"]]
     if not epochs or epochs != sorted(set(epochs)) or not -(2**63) <= epochs[0] <= epochs[-1] < 2**63:
         raise ValueError("its epochs are not rising integers of 64 bits")
-    if not attributes["modes"] or attributes["n_samples"] < 1 or attributes["version"] < 0:
-        raise ValueError("it has no modes, no samples or no version")
+    if not 1 <= len(attributes["modes"]) <= MOST_MODES or attributes["n_samples"] < 1 or attributes["version"] < 0:
+        raise ValueError("its modes, samples or version are no such numbers")
     for quality in (*attributes["modes"], *attributes["tensors"].values()):
         if len(require_kind(quality, list, "a quality")) != 3:
             raise ValueError("a quality is not three numbers")

@@ -56,7 +56,7 @@ def is_locked(path: Path) -> bool:
     """Whether a writer holds the lock; looking, too, takes it for an instant."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

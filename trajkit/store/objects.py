@@ -127,7 +127,7 @@ class LocalObjects:
 
     def lengths(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Keys of all objects under a prefix, at any depth, and their lengths in bytes."""
-        for folder, _, files in os.walk(self.path(prefix)):
+        for folder, files in _folders(self.path(prefix)):
             for name in files:
                 with contextlib.suppress(FileNotFoundError):  # another process at work
                     yield Path(folder, name).relative_to(self.root).as_posix(), os.lstat(Path(folder, name)).st_size
@@ -173,8 +173,10 @@ class LocalObjects:
         self._remember(target.parent)
 
     def delete(self, key: str) -> None:
-        """Delete an object if it exists."""
-        self.path(key).unlink(missing_ok=True)
+        """Delete an object if it exists; raises `DamagedRunError` where there is a folder in its place."""
+        target = self.path(key)
+        _require_no_folder(target)
+        target.unlink(missing_ok=True)
 
     def move(self, key: str, target: str) -> None:
         """Give an object another key, one that is free; folders that become empty go."""
@@ -189,7 +191,7 @@ class LocalObjects:
 
     def delete_tree(self, prefix: str) -> None:
         """Delete all objects under a prefix, and its folders as far as they are empty."""
-        for folder, _, files in os.walk(self.path(prefix), topdown=False):
+        for folder, files in reversed(_folders(self.path(prefix))):
             for name in files:
                 os.unlink(Path(folder, name))
             with contextlib.suppress(OSError):
@@ -197,11 +199,11 @@ class LocalObjects:
 
     def ready_temporary(self) -> None:
         """Make the folder that `put` needs."""
-        self.path(self._temporary_folder).mkdir(parents=True, exist_ok=True)
+        self.ready(f"{self._temporary_folder}/any")
 
     def clear_temporary(self) -> None:
         """Delete what an earlier owner of the same name left half written, and let no `put` of its come after."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.rename(self.path(self._temporary_folder), self.path(f"{self._temporary_folder}~{uuid.uuid4().hex}"))
         for name in self.names(TEMPORARY):
             if name.startswith(f"{self._owner}~"):  # also of one who was killed right here; no owner's name has a ~
@@ -225,8 +227,7 @@ class LocalObjects:
         Raises `DamagedRunError` where a file stands in the place of a folder, or a folder in that of the file.
         """
         target = self.path(key)
-        if target.is_dir():
-            raise DamagedRunError(f"{target}: a folder, expected a file or nothing; remove it")
+        _require_no_folder(target)
         folder = target.parent
         while not folder.is_dir():
             self._remember(folder.parent)
@@ -295,6 +296,30 @@ def require_content(key: str, found: str, committed: str) -> None:
     """Raise `DamagedObjectError` unless an object has the hash that was committed."""
     if found != committed:
         raise DamagedObjectError(key, "does not have the content that was committed")
+
+
+def _folders(top: Path) -> list[tuple[str, list[str]]]:
+    """Every folder from `top` down, upper ones first, with the names in it that are no folders, links among them.
+
+    Unlike `os.walk` it does not recurse: a stranger's folders may be nested deeper than Python's stack.
+    """
+    found: list[tuple[str, list[str]]] = []
+    waiting = [str(top)]
+    while waiting:
+        here = waiting.pop()
+        try:
+            with os.scandir(here) as scan:
+                entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
+        except OSError:  # not there, not ours to look into, or gone meanwhile
+            continue
+        found.append((here, [name for name, is_folder in entries.items() if not is_folder]))
+        waiting += [os.path.join(here, name) for name, is_folder in entries.items() if is_folder]
+    return found
+
+
+def _require_no_folder(target: Path) -> None:
+    if target.is_dir():
+        raise DamagedRunError(f"{target}: a folder, expected a file or nothing; remove it")
 
 
 def _fsync(path: Path) -> None:

@@ -39,7 +39,7 @@ def layout_of_root(objects: Objects) -> ParameterLayout:
         ours = require_fields(attribute_of(root, ATTRIBUTE), {"format": object})
     except ValueError:
         raise RunNotFoundError(f"{objects.root}: a Zarr node, but not a run of trajkit; check the path") from None
-    if ours["format"] != FORMAT:
+    if type(ours["format"]) is not int or ours["format"] != FORMAT:
         raise UnsupportedFormatError(
             f"{objects.root}: the run has format {shown(ours['format'])}, this version reads format {FORMAT};"
             " update trajkit"

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from ..errors import placed
 from ..layout import require_same_layout
 from ..run import NonFinite, PathLike, RunWriter
 from ..vector import flatten, layout_of, model_tensors
@@ -31,7 +32,8 @@ class Recorder:
 
     def __init__(self, model: nn.Module, path: PathLike, *, fsync: bool = True, nonfinite: NonFinite = "raise") -> None:
         self._model = model
-        layout = layout_of(model_tensors(model), dict(model.named_parameters(remove_duplicate=False)))
+        with placed(f"{path}: the model"):
+            layout = layout_of(model_tensors(model), dict(model.named_parameters(remove_duplicate=False)))
         self._writer = RunWriter(path, fsync=fsync, nonfinite=nonfinite)
         try:
             known = self._writer.layout
@@ -66,9 +68,10 @@ class Recorder:
         one or for weights that are not finite, `LayoutError` where the model has changed its shape.
         """
         self._writer.require_next(epoch)
-        tensors = model_tensors(self._model)
-        layout = layout_of(tensors, dict(self._model.named_parameters(remove_duplicate=False)))
-        weights, buffers = flatten(layout, tensors)
+        with placed(f"{self._writer.path}: epoch {epoch}"):
+            tensors = model_tensors(self._model)
+            layout = layout_of(tensors, dict(self._model.named_parameters(remove_duplicate=False)))
+            weights, buffers = flatten(layout, tensors)
         self._writer.append(layout, epoch, weights, buffers, metrics)
 
     def close(self) -> None:
