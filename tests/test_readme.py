@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
+from s3 import s3_server
 from torch import nn
 
 README = (REPOSITORY / "README.md").read_text()
@@ -73,7 +74,7 @@ def test_the_table_of_the_readme_is_the_demos() -> None:
 
 def test_the_snippets_run_as_one_script(workplace: Path) -> None:
     snippets = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     model_of_ones_own = """
 import torch
 from torch import nn
@@ -89,5 +90,7 @@ def test_accuracy(model):
     return (model(x).argmax(1) == y).float().mean()
 """
     (workplace / "script.py").write_text(model_of_ones_own + "\n".join(snippets))
-    run_in(workplace, [sys.executable, "-W", "error", "script.py"])
+    with s3_server() as s3:
+        s3.bucket("bucket")
+        run_in(workplace, [sys.executable, "-W", "error", "script.py"])
     assert (workplace / "epoch11.safetensors").exists()

@@ -10,7 +10,7 @@ from ..documents import require_fields
 from ..errors import DamagedRunError
 from .format import EVALUATIONS, METADATA, group_document, read_metrics, spell_metrics
 from .place import Objects
-from .root import encoded, read_document, sealed_group, unsealed, write_document
+from .root import encoded, read_document, sealed_group, unsealed, write_documents
 
 EVALUATION_ATTRIBUTE = "trajkit_evaluation"
 
@@ -55,7 +55,7 @@ class Evaluation:
 def save_evaluation(objects: Objects, evaluation: Evaluation) -> None:
     """Keep an evaluation beside the earlier ones; it exists whole or not at all."""
     if not objects.exists(f"{EVALUATIONS}/{METADATA}"):
-        write_document(objects, EVALUATIONS, group_document())
+        write_documents(objects, {EVALUATIONS: group_document()})
     group = encoded(sealed_group(EVALUATION_ATTRIBUTE, "evaluation", evaluation.to_json()), EVALUATIONS)
     number = len(_numbers(objects))
     objects.sync_names("", EVALUATIONS)  # one who was killed may have made the folders

@@ -42,7 +42,7 @@ from .format import (
 from .objects import DamagedObjectError, require_content, require_length
 from .place import Objects
 from .raw import CHECKSUM_BYTES
-from .root import layout_copy, layout_of_root, read_document, root_document, with_arrays
+from .root import layout_copy, layout_of_root, metadata_key, read_document, root_document, with_arrays
 
 Progress = Callable[[int, int], None]
 
@@ -268,7 +268,7 @@ def _document_damage(
     objects: Objects, path: str, expected: dict[str, Any], most_rows: int | None, aside: str | None = None
 ) -> list[Damage]:
     """What is wrong with the ``zarr.json`` of a node. Attributes of the user's own are left alone."""
-    key = f"{path}/{METADATA}" if path else METADATA
+    key = metadata_key(path)
     try:
         stored = read_document(objects, key)
     except DamagedRunError as error:

@@ -44,7 +44,7 @@ from .expected import part, require_objects
 from .format import FITS, METADATA, array_document, group_document, require_name, result_rule
 from .objects import DamagedObjectError
 from .place import Objects
-from .root import encoded, read_document, read_small, require_readable, sealed_group, unsealed, write_document
+from .root import encoded, read_document, read_small, require_readable, sealed_group, unsealed, write_documents
 
 FIT_ATTRIBUTE = "trajkit_fit"
 RESULTS = {"mode": "uint16", "scale": "float32", "mean": "float64", "correlation": "float32"}
@@ -264,7 +264,7 @@ class FitWriter:
         if self._previous is None:
             self._objects.create_atomically(key, encoded(group, key))
         else:
-            self._objects.replace(key, encoded(group, key))
+            self._objects.replace({key: encoded(group, key)})
             self._objects.sync_names()
 
     def _complete(self, stored: Stored, small: Mapping[str, NDArray[Any]]) -> str:
@@ -288,11 +288,11 @@ class FitWriter:
             put(key, data)
         self._objects.sync(written.keys() | stored.keys())
         if not self._objects.exists(f"{FITS}/{METADATA}"):
-            write_document(self._objects, FITS, group_document())
+            write_documents(self._objects, {FITS: group_document()})
         # Helpers elsewhere have put objects there, and one who was killed may have made the folder of all fits.
         self._objects.sync_names("", FITS, *self._folders())
         # Now plain Zarr may find the version, beside an older one; and it does before the fit exists.
-        write_document(self._objects, self._group, group_document())
+        write_documents(self._objects, {self._group: group_document()})
         self._objects.sync_names()
         return digest(table)
 

@@ -14,7 +14,7 @@ node                  dtype      dimensions          content
 ``probe_index``       int64      (probe_weight)      their indices in the flat vector, rising
 ``buffers/<dtype>``   <dtype>    (epoch, <dtype>)    the buffers of one stored dtype, exactly
 ``fits/<name>/<version>``        group               a saved decomposition, see `trajkit.store.fits`
-``evaluations/<n>``              group               one evaluation; attribute ``trajkit_evaluation``
+``evaluations/<n>``              group               one evaluation, see `trajkit.store.evaluations`
 ====================  =========  ==================  ==============================================================
 
 **Layout.** A list of tensors in the model's order: name, shape, dtype, kind (weight or buffer), offset, trainable,
@@ -32,11 +32,13 @@ that is missing is always damage.
 BLAKE3 hash, the epoch, its metrics, the layout's hash, the writer and the hash of the previous record; the first record
 also names the objects of ``probe_index``. A run has as many epochs as it has commit records without a gap; a shape in a
 ``zarr.json`` may lag behind them by a crash, and never runs ahead. Zarr lists nothing below an array, so records, locks
-and temporary files (``epoch/tmp``) under ``epoch`` disturb no other reader.
+and temporary files (``epoch/tmp``) under ``epoch`` disturb no other reader. Nor does the second copy of the layout,
+``epoch/layout.json``, and what repair writes: marks of damaged epochs (``epoch/bad``) and what it moved out of the way
+(``epoch/aside``).
 
 Order of writes: (1) the objects of the row, beyond the stored shapes and so invisible; (2) fsync of files and
-directories; (3) the commit record, created exclusively; (4) the shapes grow, last of all in the group's consolidated
-metadata. The first row writes the array metadata with zero epochs before (1), and the group's own ``zarr.json`` after
+directories, all together; (3) the commit record, created exclusively; (4) the shapes grow, last of all in the group's
+consolidated metadata. The first row writes the array metadata with zero epochs before (1), and the group's own ``zarr.json`` after
 (2). A writer that opens a run rolls forward (4) and clears the objects of (1) that no record names. Nothing committed
 is rewritten or deleted.
 """

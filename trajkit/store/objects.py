@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ class DamagedObjectError(DamagedRunError):
 class LocalObjects:
     """The objects under one directory, by keys such as ``weights/c/12/0``. See `trajkit.store.place.Objects`.
 
-    With `fsync`, every write that returned has reached the disk, names of new files included once `sync_names` has
-    returned. All access of the library passes through these few methods. None follows a symbolic link below the root:
+    With `fsync`, what was created and replaced has reached the disk, by its name, once `sync_names` has returned.
+    All access of the library passes through these few methods. None follows a symbolic link below the root:
     in the archive of a stranger it could lead anywhere.
     """
 
@@ -135,13 +135,14 @@ class LocalObjects:
     def create(self, key: str, *parts: Bytes) -> None:
         """Write a new object; raises `FileExistsError` rather than touch an old one."""
         target = self.ready(key)
+        self._remember(target, target.parent)
         self._write(target, *parts)
-        self._remember(target.parent)
 
     def create_atomically(self, key: str, data: Bytes) -> None:
         """As `create`, and the object is never seen half written; its name has reached the disk on return."""
         target = self.ready(key)
         temporary = self._temporary(data)
+        self._sync([temporary])
         try:
             os.link(temporary, target)
         except OSError as error:
@@ -155,11 +156,13 @@ class LocalObjects:
         self._remember(target.parent)
         self.sync_names()
 
-    def replace(self, key: str, data: Bytes) -> None:
-        """Exchange an object atomically: a reader sees the old bytes or the new ones."""
-        target = self.ready(key)
-        os.replace(self._temporary(data), target)
-        self._remember(target.parent)
+    def replace(self, contents: Mapping[str, Bytes]) -> None:
+        """Exchange objects atomically, in their order: a reader sees the old bytes of each or the new ones."""
+        temporary = {self.ready(key): self._temporary(data) for key, data in contents.items()}
+        self._sync(temporary.values())
+        for target, new in temporary.items():
+            os.replace(new, target)
+            self._remember(target.parent)
 
     def put(self, key: str, *parts: Bytes) -> None:
         """As `replace`, into a folder that exists, and only until `clear_temporary`: `FileNotFoundError` after it.
@@ -167,7 +170,7 @@ class LocalObjects:
         So a helper that nobody waits for any more cannot write into what was cleared. It is on the disk after `sync`.
         """
         temporary = self.path(f"{self._temporary_folder}/{uuid.uuid4().hex}")
-        self._write(temporary, *parts, fsync=False)
+        self._write(temporary, *parts)
         target = self.path(key)
         os.replace(temporary, target)
         self._remember(target.parent)
@@ -239,45 +242,46 @@ class LocalObjects:
         return target
 
     def sync(self, keys: Iterable[str]) -> None:
-        """Bring objects that were `put` to the disk, several at a time."""
-        if self.fsync:
-            with ThreadPoolExecutor(SYNCS_AT_A_TIME) as pool:
-                list(pool.map(lambda key: _fsync(self.path(key)), keys))
+        """Bring objects that were `put` to the disk."""
+        self._sync([self.path(key) for key in keys])
 
     def sync_names(self, *also: str) -> None:
-        """Bring the names of files created or replaced so far, and those under the prefixes `also`, to the disk."""
+        """Bring what was created or replaced so far to the disk, by its name, and names under the prefixes `also`."""
         with self._unsynced_lock:
-            folders, self._unsynced = self._unsynced | {self.root / prefix for prefix in also}, set()
+            paths, self._unsynced = self._unsynced | {self.root / prefix for prefix in also}, set()
+        try:  # without what was cleared since, or is above the root and not ours to open
+            self._sync([path for path in paths if os.access(path, os.R_OK)])
+        except OSError:
+            self._remember(*paths)  # whoever tries again means these, too
+            raise
+
+    def _remember(self, *paths: Path) -> None:
+        with self._unsynced_lock:
+            self._unsynced.update(paths)
+
+    def _sync(self, paths: Iterable[Path]) -> None:
+        """Bring files and folders to the disk, several at a time: what waits together is written together."""
+        ordered = sorted(paths, key=lambda path: (-len(path.parts), path))
         if not self.fsync:
             return
-        for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
-            if not os.access(folder, os.R_OK):  # cleared since, or above the root and not ours to open
-                continue
-            try:
-                _fsync(folder)
-            except OSError:
-                with self._unsynced_lock:
-                    self._unsynced |= folders  # whoever tries again means these, too
-                raise
-
-    def _remember(self, folder: Path) -> None:
-        with self._unsynced_lock:
-            self._unsynced.add(folder)
+        if len(ordered) == 1:
+            _fsync(ordered[0])
+        elif ordered:
+            with ThreadPoolExecutor(SYNCS_AT_A_TIME) as pool:
+                list(pool.map(_fsync, ordered))
 
     def _temporary(self, data: Bytes) -> Path:
         path = self.ready(f"{self._temporary_folder}/{uuid.uuid4().hex}")
         self._write(path, data)
         return path
 
-    def _write(self, path: Path, *parts: Bytes, fsync: bool = True) -> None:
+    def _write(self, path: Path, *parts: Bytes) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             for part in parts:
                 view = memoryview(part)
                 while view:
                     view = view[os.write(descriptor, view) :]
-            if self.fsync and fsync:
-                os.fsync(descriptor)
         except OSError as error:
             error.filename = str(path)
             raise
@@ -326,5 +330,8 @@ def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)

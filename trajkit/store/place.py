@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -77,8 +77,8 @@ class Objects(Protocol):
     def create_atomically(self, key: str, data: Bytes) -> None:
         """As `create`, and the object is never seen half written; its name is safe on return."""
 
-    def replace(self, key: str, data: Bytes) -> None:
-        """Exchange an object atomically: a reader sees the old bytes or the new ones."""
+    def replace(self, contents: Mapping[str, Bytes]) -> None:
+        """Exchange objects atomically, in their order: a reader sees the old bytes of each or the new ones."""
 
     def put(self, key: str, *parts: Bytes) -> None:
         """Write an object, by one of several helpers that may do the same; it is safe after `sync`."""
@@ -105,7 +105,7 @@ class Objects(Protocol):
         """Make objects that were `put` safe."""
 
     def sync_names(self, *also: str) -> None:
-        """Make the names of objects created or replaced so far safe, and those under the prefixes `also`."""
+        """Make what was created or replaced so far safe, by its name, and names under the prefixes `also`."""
 
     def lock(self, name: str, what: str) -> Lock:
         """A lock that nobody else has; raises `RunLockedError` naming who holds `what`."""

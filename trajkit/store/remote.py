@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -172,10 +172,11 @@ class RemoteObjects:
         """As `create`: helpers that do the same put the same bytes."""
         self.create(key, *parts)
 
-    def replace(self, key: str, data: Bytes) -> None:
-        """Exchange an object atomically: a reader sees the old bytes or the new ones."""
-        with self._asking(key, large=len(data) > SMALL_BYTES) as store:
-            _obstore().put(store, key, data, use_multipart=False)
+    def replace(self, contents: Mapping[str, Bytes]) -> None:
+        """Exchange objects atomically, in their order: a reader sees the old bytes of each or the new ones."""
+        for key, data in contents.items():
+            with self._asking(key, large=len(data) > SMALL_BYTES) as store:
+                _obstore().put(store, key, data, use_multipart=False)
 
     def put_if(self, key: str, data: Bytes, version: Any) -> Any:
         """Write an object if it still has a version, or does not exist where that is None; its new version.

@@ -27,7 +27,7 @@ from .format import ASIDE, EPOCH, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, WEI
 from .place import Objects, PathLike, objects_at
 from .probe import draw_probe
 from .raw import CHECKSUM_BYTES
-from .root import encoded, read_document
+from .root import encoded, metadata_key, read_document
 from .writer import WRITER
 
 
@@ -90,7 +90,7 @@ class _Repairer:
             self._renew(LAYOUT_COPY, canonical_json(self._layout.to_json()))
             yield f"{LAYOUT_COPY} written again"
         for path, document in expected_documents(self._found, self._layout).items():
-            key = f"{path}/{METADATA}" if path else METADATA
+            key = metadata_key(path)
             if key in self._damaged:
                 self._renew(key, encoded(self._with_attributes(key, document), path))
                 yield f"{key} written again"
@@ -147,7 +147,7 @@ class _Repairer:
             lost = record is None
             mark = Mark(row, self._label(row), f"{damage.key} {damage.what}", self._layout.digest if lost else None)
             if self._found.marks.get(row) != mark and not (row in self._found.marks and not lost):
-                self._objects.replace(mark_key(row), mark.to_bytes())
+                self._objects.replace({mark_key(row): mark.to_bytes()})
                 yield f"epoch {mark.epoch} marked as bad: {mark.what}"
             if lost:
                 self._move_aside(damage.key)

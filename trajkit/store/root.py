@@ -94,9 +94,14 @@ def read_small(objects: Objects, key: str) -> bytes:
     return objects.read(key)
 
 
-def write_document(objects: Objects, path: str, document: dict[str, Any]) -> None:
-    """Write the ``zarr.json`` of the node at `path`, over an older one if there is one."""
-    objects.replace(f"{path}/{METADATA}" if path else METADATA, encoded(document, path))
+def write_documents(objects: Objects, documents: Mapping[str, dict[str, Any]]) -> None:
+    """Write the ``zarr.json`` of each node, path -> document, in their order and over older ones if there are any."""
+    objects.replace({metadata_key(path): encoded(document, path) for path, document in documents.items()})
+
+
+def metadata_key(path: str) -> str:
+    """The object that holds the ``zarr.json`` of a node, "" for the run itself."""
+    return f"{path}/{METADATA}" if path else METADATA
 
 
 def encoded(document: dict[str, Any], path: str) -> bytes:

@@ -43,7 +43,14 @@ from .format import (
 )
 from .objects import DamagedObjectError
 from .place import Objects, PathLike, is_url, objects_at
-from .root import layout_of_root, read_document, require_readable, root_document, with_arrays, write_document
+from .root import (
+    layout_of_root,
+    read_document,
+    require_readable,
+    root_document,
+    with_arrays,
+    write_documents,
+)
 
 WRITER = "writer"
 """The lock of whoever records, and the owner of its temporary files."""
@@ -201,7 +208,7 @@ class ArchiveWriter:
         written |= self._store_row(self._objects.create, row, values, probe_index)
         if row == 0:
             self._objects.sync_names()
-            write_document(self._objects, "", with_arrays(self._root, self._documents))
+            write_documents(self._objects, {"": with_arrays(self._root, self._documents)})
         self._objects.sync_names()
         return CommitRecord(
             row=row,
@@ -223,12 +230,10 @@ class ArchiveWriter:
         written: dict[str, StoredObject],
     ) -> None:
         self._root = root_document(layout)
-        self._objects.replace(LAYOUT_COPY, canonical_json(layout.to_json()))
         self._documents = all_arrays(layout, probe_index.size, zstd=saves_enough(weights))
-        if layout.buffer_sizes:
-            write_document(self._objects, BUFFERS, group_document())
-        for path, document in self._documents.items():
-            write_document(self._objects, path, document)
+        groups = {BUFFERS: group_document()} if layout.buffer_sizes else {}
+        self._objects.replace({LAYOUT_COPY: canonical_json(layout.to_json())})
+        write_documents(self._objects, groups | self._documents)
         written |= store(self._objects.create, PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index)
 
     def _store_row(
@@ -250,14 +255,16 @@ class ArchiveWriter:
 
     def _grow(self) -> None:
         """Make the shapes say what is committed."""
-        for path, document in self._documents.items():
-            if path != PROBE_INDEX and document["shape"][0] < len(self.records):
-                self._documents[path] = with_rows(document, len(self.records))
-                write_document(self._objects, path, self._documents[path])
-        root = with_arrays(self._root, self._documents)
-        if root != self._root:
-            write_document(self._objects, "", root)
-            self._root = root
+        rows = len(self.records)
+        grown = {
+            path: with_rows(document, rows)
+            for path, document in self._documents.items()
+            if path != PROBE_INDEX and document["shape"][0] < rows
+        }
+        documents = self._documents | grown
+        root = with_arrays(self._root, documents)
+        write_documents(self._objects, grown | ({"": root} if root != self._root else {}))
+        self._documents, self._root = documents, root
         self._objects.sync_names()
 
     def _make_whole(self) -> None:
