@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import obstore
 import pytest
 import torch
 from click.testing import CliRunner
@@ -359,10 +361,6 @@ def test_many_writers_at_once_make_one_run(url: str) -> None:
     assert_whole(url, 1)
 
 
-def _method(call: Any) -> Any:
-    return lambda self, *arguments: call(self, *arguments)
-
-
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("recorded", [0, 2])
 def test_a_crash_at_any_request_loses_nothing(recorded: int, after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,12 +373,12 @@ def test_a_crash_at_any_request_loses_nothing(recorded: int, after: bool, monkey
         record(url, recorded)
         count = 0
 
-        def request(original: Any, *arguments: Any, _at: int = at) -> Any:
+        def request(original: Any, *arguments: Any, _at: int = at, **options: Any) -> Any:
             nonlocal count
             count += 1
             if count > _at or (count == _at and not after):
                 raise Crash
-            result = original(*arguments)
+            result = original(*arguments, **options)
             if count == _at:
                 raise Crash
             return result
@@ -388,8 +386,8 @@ def test_a_crash_at_any_request_loses_nothing(recorded: int, after: bool, monkey
         with monkeypatch.context() as patch:
             patch.setattr(lease_module._State, "end", lambda _: None)  # a dead process gives nothing back
             patch.setattr(lease_module._State, "renew_until_the_end", lambda _: None)
-            for name in ("put_if", "replace", "delete", "delete_tree"):
-                patch.setattr(RemoteObjects, name, _method(partial(request, getattr(RemoteObjects, name))))
+            changing = {name: partial(request, getattr(obstore, name)) for name in ("put", "delete", "copy")}
+            patch.setattr(remote, "_obstore", lambda _changing=changing: SimpleNamespace(**vars(obstore) | _changing))
             try:
                 append(RunWriter(url), recorded)
                 break

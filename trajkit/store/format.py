@@ -38,9 +38,9 @@ and temporary files (``epoch/tmp``) under ``epoch`` disturb no other reader. Nor
 
 Order of writes: (1) the objects of the row, beyond the stored shapes and so invisible; (2) fsync of files and
 directories, all together; (3) the commit record, created exclusively; (4) the shapes grow, last of all in the group's
-consolidated metadata. The first row writes the array metadata with zero epochs before (1), and the group's own ``zarr.json`` after
-(2). A writer that opens a run rolls forward (4) and clears the objects of (1) that no record names. Nothing committed
-is rewritten or deleted.
+consolidated metadata. The first row writes the array metadata with zero epochs before (1), and the group's own
+``zarr.json`` after (2). A writer that opens a run rolls forward (4) and clears the objects of (1) that no record names.
+Nothing committed is rewritten or deleted.
 """
 
 from __future__ import annotations
