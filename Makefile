@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test check format format-check lint types contracts mnist oracle bench clean
+.PHONY: install demo test check format format-check lint types contracts mnist oracle bench soak clean
 
 install: $(INSTALLED)
 
@@ -46,6 +46,11 @@ oracle: mnist  ## compare a fit of it with a float64 oracle
 
 bench: mnist  ## time and memory against the alternatives; writes benchmarks/RESULTS.md (20 minutes, 25 GB of disk)
 	cd benchmarks && ../$(BIN)/python bench.py ../.cache
+
+KILLS ?= 10000
+
+soak: $(INSTALLED)  ## kill recordings and fits 10,500 times and look at what each kill left (about 20 minutes)
+	$(BIN)/python benchmarks/soak.py --kills $(KILLS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,9 +1,7 @@
-"""A run whose every value names its epoch, and a process that records it until it is killed."""
+"""A run whose every value names its epoch."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,24 +18,15 @@ LAYOUT = ParameterLayout.of(
 )
 
 
-def epoch_values(epoch: int) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
+def epoch_values(
+    epoch: int, layout: ParameterLayout = LAYOUT
+) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
     """Weights and buffers of an epoch."""
-    weights = np.full(300, epoch, dtype=np.float32)
+    weights = np.full(layout.n_weights, epoch, dtype=np.float32)
     return weights, {"float32": np.full(3, -epoch, np.float32), "int64": np.array([epoch * 10])}
 
 
-def append(writer: RunWriter, epoch: int) -> None:
+def append(writer: RunWriter, epoch: int, layout: ParameterLayout = LAYOUT) -> None:
     """Record an epoch."""
-    weights, buffers = epoch_values(epoch)
-    writer.append(LAYOUT, epoch, weights, buffers, {"epoch": epoch})
-
-
-def record_forever(path: Path, acknowledged: Path) -> None:
-    """Record one epoch after the other; each one that is acknowledged adds a byte to a file."""
-    descriptor = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    writer = RunWriter(path)
-    epoch = len(writer.epochs)
-    while True:
-        append(writer, epoch)
-        os.write(descriptor, b"+")
-        epoch += 1
+    weights, buffers = epoch_values(epoch, layout)
+    writer.append(layout, epoch, weights, buffers, {"epoch": epoch})

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +18,9 @@ import pytest
 import xarray
 import zarr
 from conftest import MakeRun, correlated
-from counting import LAYOUT, append, epoch_values, record_forever
+from counting import LAYOUT, append, epoch_values
+from damage import DAMAGES, damaged
+from wholeness import assert_whole
 
 from trajkit import Run, RunWriter, fit, open_run, write_checkpoint
 from trajkit.digest import canonical_json, digest
@@ -32,7 +28,6 @@ from trajkit.errors import (
     DamagedRunError,
     InputError,
     PathExistsError,
-    RunLockedError,
     RunNotFoundError,
     TrajkitError,
     UnsupportedFormatError,
@@ -41,33 +36,6 @@ from trajkit.store import format as store_format
 from trajkit.store import objects as store_objects
 from trajkit.store.format import COLUMN_GRID, chunk_rule
 from trajkit.store.objects import LocalObjects
-
-# Processes that start fast: what they need is imported once, in the process that they are forked from.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["trajkit.run", "trajkit.store.writer"])
-
-
-def assert_whole(path: Path, n_epochs: int | range) -> int:
-    """The run holds exactly its first epochs, all whole, for trajkit and for plain Zarr; returns how many."""
-    try:
-        run = open_run(path)
-        found = len(run.epochs)
-        assert run.epochs.tolist() == list(range(found))
-        np.testing.assert_array_equal(run.weights[:], np.repeat(np.arange(found)[:, None], 300, axis=1))
-        np.testing.assert_array_equal(run.trajectory("count"), np.arange(found) * 10)
-        np.testing.assert_array_equal(run.trajectory("mean")[:, 0], -np.arange(found))
-        assert run.metrics == {epoch: {"epoch": float(epoch)} for epoch in range(found)}
-    except RunNotFoundError:
-        found = 0
-    assert found in (n_epochs if isinstance(n_epochs, range) else (n_epochs,))
-    if (path / "zarr.json").exists():
-        for group in (zarr.open_group(path, mode="r"), zarr.open_group(path, mode="r", use_consolidated=False)):
-            shown = group["weights"].shape[0]
-            assert shown <= found
-            np.testing.assert_array_equal(group["weights"][:], np.repeat(np.arange(shown)[:, None], 300, axis=1))
-            shown = group["epoch"].shape[0]
-            np.testing.assert_array_equal(group["epoch"][:], np.arange(shown))
-    return found
 
 
 def continue_digits(path: Path) -> None:
@@ -78,79 +46,7 @@ def continue_digits(path: Path) -> None:
         writer.append(run.layout, int(run.epochs[-1]) + 1, run.weights[-1], buffers)
 
 
-# --- Crashes
-
-
-class Crash(BaseException):
-    """The power goes off here: nothing of the library handles it."""
-
-
-class Crashing:
-    """Counts the operations that change the disk, and crashes before or after one of them, or half through it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, when: str) -> None:
-        self.count, self.at, self.when = 0, at, when
-        for name in ("write", "link", "replace", "unlink", "rmdir"):
-            monkeypatch.setattr(os, name, self.wrap(name, getattr(os, name)))
-
-    def wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def operation(*arguments: Any, **options: Any) -> Any:
-            self.count += 1
-            if self.count > self.at:
-                raise Crash  # a dead process writes nothing more
-            if self.count == self.at:
-                if self.when == "half" and name == "write":
-                    original(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-                elif self.when == "after":
-                    original(*arguments, **options)
-                raise Crash
-            return original(*arguments, **options)
-
-        return operation
-
-
-def crash_points(action: Callable[[], None]) -> int:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        counting = Crashing(monkeypatch, at=10**9, when="before")
-        action()
-    return counting.count
-
-
-@pytest.mark.parametrize("when", ["before", "half", "after"])
-@pytest.mark.parametrize("recorded", [0, 1, 3])
-def test_a_crash_at_any_write_loses_nothing_and_shows_nothing_torn(recorded: int, when: str, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    if recorded:
-        with RunWriter(base) as writer:
-            for epoch in range(recorded):
-                append(writer, epoch)
-
-    def record_one_more(path: Path) -> None:
-        writer = RunWriter(path, fsync=False)
-        append(writer, recorded)
-        writer.close()
-
-    def fresh() -> Path:
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        if recorded:
-            shutil.copytree(base, tmp_path / "run")
-        return tmp_path / "run"
-
-    path = fresh()
-    points = crash_points(lambda: record_one_more(path))
-    assert points > 20
-    for at in range(1, points + 1):
-        path = fresh()
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            Crashing(monkeypatch, at, when)
-            with pytest.raises(Crash):
-                record_one_more(path)
-        gc.collect()  # a dead process holds no lock
-        found = assert_whole(path, range(recorded, recorded + 2))
-        with RunWriter(path, fsync=False) as writer:
-            assert len(writer.epochs) == found
-            append(writer, found)
-        assert assert_whole(path, found + 1) == zarr.open_group(path, mode="r")["weights"].shape[0]
+# --- Writing and reading
 
 
 def test_a_failed_append_can_be_repeated_by_the_same_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,45 +68,6 @@ def test_a_failed_append_can_be_repeated_by_the_same_writer(tmp_path: Path, monk
         append(writer, 1)
         append(writer, 2)
     assert_whole(tmp_path / "run", 3)
-
-
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
-@pytest.mark.parametrize(
-    ("name", "calls_of_one"), [("link", 1), ("unlink", 1), ("replace", 6), ("write", 13), ("fsync", 24)]
-)
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_an_interrupted_append_is_repeated_or_known_to_be_done(
-    name: str, calls_of_one: int, when: str, interruption: Any, tmp_path: Path
-) -> None:
-    """The same writer goes on after each interruption, as a notebook does; the run stays readable."""
-    path = tmp_path / "run"
-    with RunWriter(path, fsync=name == "fsync") as writer:
-        append(writer, 0)
-        for at in range(1, calls_of_one + 2):
-            epoch = len(writer.epochs)
-            original, calls = getattr(os, name), 0
-
-            def interrupted(*arguments: Any, _at: int = at, _original: Any = original, **options: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == _at and when == "before":
-                    raise interruption
-                result = _original(*arguments, **options)
-                if calls == _at:
-                    raise interruption
-                return result
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(os, name, interrupted)
-                with contextlib.suppress(KeyboardInterrupt, OSError):
-                    append(writer, epoch)
-            found = assert_whole(path, range(epoch, epoch + 2))
-            if found == epoch:
-                append(writer, epoch)
-            else:
-                with pytest.raises(InputError, match="is recorded already"):
-                    append(writer, epoch)
-            assert_whole(path, epoch + 1)
 
 
 def test_a_closed_writer_writes_nothing(tmp_path: Path) -> None:
@@ -251,21 +108,6 @@ append(writer, 1)
     assert_whole(tmp_path / "run", 2)
 
 
-def test_threads_may_share_a_writer(tmp_path: Path) -> None:
-    with RunWriter(tmp_path / "run") as writer, ThreadPoolExecutor(8) as pool:
-
-        def record(epoch: int) -> bool:
-            try:
-                append(writer, epoch)
-            except InputError:
-                return False
-            return True
-
-        done = list(pool.map(record, range(40)))
-        assert writer.epochs == tuple(epoch for epoch in range(40) if done[epoch])
-    assert open_run(tmp_path / "run").epochs.tolist() == [epoch for epoch in range(40) if done[epoch]]
-
-
 def test_a_training_may_change_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
@@ -277,106 +119,6 @@ def test_a_training_may_change_its_directory(tmp_path: Path, monkeypatch: pytest
     assert run.weights[0, 0] == 0
     assert_whole(tmp_path / "run", 2)
     assert os.listdir(tmp_path / "elsewhere") == []
-
-
-def test_a_fit_can_be_saved_while_a_training_records(tmp_path: Path) -> None:
-    process = FORKS.Process(target=record_forever, args=(tmp_path / "run", tmp_path / "acknowledged"))
-    process.start()
-    try:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "run/epoch/commits/00000005.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        for number in range(10):
-            assert fit(tmp_path / "run", modes=2, samples=20).name == (
-                "modes2" if number == 0 else f"modes2-{number + 1}"
-            )
-    finally:
-        process.kill()
-        process.join()
-    with RunWriter(tmp_path / "run") as writer:  # clears its own temporary files, and those of nobody else
-        append(writer, len(writer.epochs))
-    assert len(open_run(tmp_path / "run").fits) == 10
-    assert_whole(tmp_path / "run", range(6, 10**6))
-
-
-def test_thirty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
-    """SIGKILL: all that was acknowledged is there, nothing torn is seen, and the recording resumes."""
-    path, acknowledged, rng = tmp_path / "run", tmp_path / "acknowledged", np.random.default_rng(0)
-    found = 0
-    for _ in range(30):
-        acknowledged.write_bytes(b"")
-        process = FORKS.Process(target=record_forever, args=(path, acknowledged))
-        process.start()
-        time.sleep(rng.uniform(0.02, 0.2))
-        process.kill()
-        process.join()
-        new = len(acknowledged.read_bytes())
-        found = assert_whole(path, range(found + new, found + new + 2))
-    assert found > 30
-    with RunWriter(path) as writer:
-        append(writer, found)
-    assert_whole(path, found + 1)
-
-
-# --- Writers and readers side by side
-
-
-def test_a_second_writer_is_refused_and_told_who_holds_the_run(tmp_path: Path) -> None:
-    with RunWriter(tmp_path / "run") as writer:
-        append(writer, 0)
-        with pytest.raises(RunLockedError, match=f"being written by process {os.getpid()} on .*; wait for it or stop"):
-            RunWriter(tmp_path / "run")
-        append(writer, 1)
-    with RunWriter(tmp_path / "run") as writer:
-        append(writer, 2)
-    assert_whole(tmp_path / "run", 3)
-
-
-def test_workers_forked_from_a_dead_training_do_not_hold_the_run(tmp_path: Path) -> None:
-    code = """
-import os, sys, time, trajkit
-writer = trajkit.RunWriter(sys.argv[1])
-if os.fork() == 0:
-    print("forked", flush=True)
-time.sleep(60)
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "forked\n"
-        with pytest.raises(RunLockedError):
-            RunWriter(tmp_path / "run")
-        process.kill()
-        process.wait()
-        RunWriter(tmp_path / "run").close()
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def test_a_reader_that_polls_sees_whole_epochs_only(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    process = FORKS.Process(target=record_forever, args=(path, tmp_path / "acknowledged"))
-    process.start()
-    try:
-        seen: set[int] = set()
-        deadline = time.monotonic() + 30
-        while len(seen) < 8 and time.monotonic() < deadline:
-            if (path / "zarr.json").exists():
-                with xarray.open_zarr(path) as dataset:
-                    epochs = dataset["epoch"].values
-                    assert epochs.tolist() == list(range(len(epochs)))
-                    np.testing.assert_array_equal(dataset["weights"].values[:, 0], epochs)
-                with_plain_zarr = zarr.open_group(path, mode="r")["weights"]
-                np.testing.assert_array_equal(with_plain_zarr[:, 5], np.arange(with_plain_zarr.shape[0]))
-                seen.add(len(epochs))
-        assert len(seen) >= 8
-    finally:
-        process.kill()
-        process.join()
 
 
 def test_plain_zarr_and_xarray_open_a_run_without_a_warning(digits_path: Path) -> None:
@@ -405,27 +147,6 @@ def test_the_consolidated_metadata_is_that_of_the_nodes(digits_path: Path) -> No
 
 
 # --- Damage
-
-
-def damaged(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    match how:
-        case "missing":
-            path.unlink()
-        case "emptied":
-            path.write_bytes(b"")
-        case "truncated":
-            path.write_bytes(content[:-5])
-        case "flipped":
-            middle = len(content) // 2
-            path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-        case "zeroed":
-            path.write_bytes(bytes(len(content)))
-        case "appended":
-            path.write_bytes(content + b"\0")
-
-
-DAMAGES = ["missing", "emptied", "truncated", "flipped", "zeroed", "appended"]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
