@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def no_sync_of_files(patch: pytest.MonkeyPatch) -> None:
-    write = LocalObjects._write
-    patch.setattr(LocalObjects, "_write", lambda self, path, *parts, **_: write(self, path, *parts, fsync=False))
+    sync = LocalObjects._sync
+    patch.setattr(LocalObjects, "_sync", lambda self, paths: sync(self, [path for path in paths if path.is_dir()]))
 
 
 def no_sync_of_names(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LocalObjects, "sync_names", lambda *_: None)
+    sync = LocalObjects._sync
+    patch.setattr(LocalObjects, "_sync", lambda self, paths: sync(self, [path for path in paths if path.is_file()]))
 
 
 def no_sync_of_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -72,13 +73,14 @@ def grow_before_the_commit(patch: pytest.MonkeyPatch) -> None:
 
 
 def write_in_place(patch: pytest.MonkeyPatch) -> None:
-    def replace(self: LocalObjects, key: str, data: bytes) -> None:
-        descriptor = os.open(self.ready(key), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        try:
-            os.write(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def replace(self: LocalObjects, contents: Mapping[str, bytes]) -> None:
+        for key, data in contents.items():
+            descriptor = os.open(self.ready(key), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                os.write(descriptor, data)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     patch.setattr(LocalObjects, "replace", replace)
 
@@ -97,7 +99,7 @@ def cleared_where_nothing_is_shown(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         store_writer,
         "read_all_records",
-        lambda objects: read_all_records(objects)[
+        lambda objects, marks: read_all_records(objects, marks)[
             : document(objects, "epoch/zarr.json")["shape"][0] if objects.exists("epoch/zarr.json") else 0
         ],
     )

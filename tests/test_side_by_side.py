@@ -145,7 +145,7 @@ def test_commit_records_are_the_fence_where_the_lock_fails(tmp_path: Path, monke
 
 def test_commit_records_that_overwrite_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def overwriting(self: LocalObjects, key: str, *parts: bytes) -> None:
-        self.replace(key, b"".join(parts))
+        self.replace({key: b"".join(parts)})
 
     monkeypatch.setattr(store_lock, "_lock", lambda _: None)
     monkeypatch.setattr(LocalObjects, "create", overwriting)
