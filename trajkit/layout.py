@@ -125,8 +125,6 @@ class ParameterLayout:
                 seen.add(name)
             placed = replace(tensor, offset=ends.get(tensor.vector, 0))
             ends[placed.vector] = placed.stop
-            if placed.stop > MOST_VALUES:
-                raise LayoutError(f"'{tensor.name}' ends at value {placed.stop}, at most {MOST_VALUES} can be recorded")
             entries.append(placed)
         if ends.get("weights", 0) == 0:
             raise LayoutError("the model has no weights, expected at least one parameter; nothing to record")
@@ -244,7 +242,8 @@ def require_same_layout(found: ParameterLayout, expected: ParameterLayout, where
         ):
             if mine != theirs:
                 raise LayoutError(f"{where}: '{entry.name}' has {what} {mine}, the run has {theirs}; {cure}")
-    raise LayoutError(f"{where}: the tensors are in another order than in the run; {cure}")
+    first = next(mine.name for mine, theirs in zip(found.tensors, expected.tensors, strict=True) if mine != theirs)
+    raise LayoutError(f"{where}: the tensors are in another order than in the run, from '{first}' on; {cure}")
 
 
 def _entry(item: Mapping[str, Any]) -> TensorEntry:

@@ -76,7 +76,7 @@ def _require_one_frame(data: memoryview, n_bytes: int) -> None:
     size_bytes = SIZE_BYTES[descriptor >> 6] if descriptor >> 6 or not has_window else 0
     begin = 5 + has_window + DICTIONARY_BYTES[descriptor & 3]
     declared = int.from_bytes(data[begin : begin + size_bytes], "little") + (256 if size_bytes == 2 else 0)
-    if data[:4] != MAGIC or not size_bytes or declared != n_bytes:
+    if data[:4] != MAGIC or declared != n_bytes:
         raise ValueError(f"a chunk declares {declared} bytes, {n_bytes} expected")
     position, last = begin + size_bytes, False
     while not last:

@@ -183,14 +183,24 @@ class LocalObjects:
 
     def move(self, key: str, target: str) -> None:
         """Give an object another key, one that is free; folders that become empty go."""
-        os.rename(self.path(key), self.ready(target))
-        self._remember(self.path(target).parent)
-        for folder in self.path(key).parents:
+        old, new = self.path(key), self.ready(target)
+        self._remember(old.parent, new.parent)
+        try:
+            os.link(old, new)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            os.rename(old, new)
+        else:
+            self.sync_names()  # it has both names on the disk before it loses one
+            os.unlink(old)
+            self._remember(old.parent)
+        for folder in old.parents:
             if folder == self.root or os.listdir(folder):
-                self._remember(folder)
                 return
             with contextlib.suppress(OSError):  # somebody is writing there
                 os.rmdir(folder)
+                self._remember(folder.parent)
 
     def delete_tree(self, prefix: str) -> None:
         """Delete all objects under a prefix, and its folders as far as they are empty."""
