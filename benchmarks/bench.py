@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fit
+import integrity
 import scaling
 import synthetic
 from measure import MACHINE
@@ -53,6 +54,7 @@ def parts(cache: Path) -> dict[str, Callable[[], list[str]]]:
         "clustering": scaling.clustering,
         "workers": lambda: fit.workers(run_of(cache, 11_000_000, 100)),
         "reconstruct": lambda: fit.reconstruct(run_of(cache, 11_000_000, 100)),
+        "integrity": lambda: integrity.integrity(cache, run_of(cache, 11_000_000, 100)),
         "gpu": gpu,
     }
 

@@ -40,8 +40,6 @@ def require_bounded(path: Path, zipped: bool) -> None:
         packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
         if packed:
             raise ValueError(f"'{packed[0][:80]}' is compressed, PyTorch stores it as it is")
-        if sum(member.file_size for member in members) > path.stat().st_size:
-            raise ValueError("its members are larger than the file")
         for member in members:
             if member.filename.endswith(".pkl") and member.file_size > PICKLE_LIMIT:
                 raise ValueError(f"a pickle of {member.file_size} bytes, at most {PICKLE_LIMIT} are read")

@@ -82,8 +82,7 @@ def _read_torch(path: Path, zipped: bool) -> dict[str, Tensor]:
         raise InputError(f"{path}: no checkpoint of tensors ({_first_line(error)}); {cure}") from error
     tensors = _state_dict_in(loaded)
     if tensors is None:
-        names = [name for name in loaded if isinstance(name, str)] if isinstance(loaded, Mapping) else []
-        found = f"a dict with {', '.join(names)}" if names else type(loaded).__name__
+        found = f"a dict with {', '.join(map(str, loaded))}" if isinstance(loaded, Mapping) else type(loaded).__name__
         raise InputError(
             f"{path}: expected a state dict of named tensors, alone or under {', '.join(NESTED_UNDER)},"
             f" found {found[:200]}; save model.state_dict()"
