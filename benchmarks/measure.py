@@ -20,11 +20,20 @@ ROUNDS = 7
 MACHINE = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
 
 
-def in_turn(rounds: int, actions: Mapping[str, Callable[[], object]], warm: bool = True) -> dict[str, list[float]]:
-    """Seconds of each action, measured one after the other in each round; the first round, to warm up, counts not."""
+def in_turn(
+    rounds: int,
+    actions: Mapping[str, Callable[[], object]],
+    warm: bool = True,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each action, measured one after the other in each round; the first round, to warm up, counts not.
+
+    `before` is done before each action and not measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(0 if warm else 1, rounds + 1):
         for name, action in actions.items():
+            before()
             began = time.perf_counter()
             action()
             if number:
