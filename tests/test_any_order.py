@@ -24,7 +24,7 @@ from trajkit.errors import DamagedRunError, InputError, RunNotFoundError
 from trajkit.store.arrays import VerifiedReader
 from trajkit.store.format import commit_key
 
-EXAMPLES = int(os.environ.get("TRAJKIT_FUZZ_EXAMPLES", "60"))
+EXAMPLES = 60 * int(os.environ.get("TRAJKIT_FUZZ_EXAMPLES", "1"))
 
 
 class AnyOrder(RuleBasedStateMachine):

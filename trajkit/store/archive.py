@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -118,17 +118,17 @@ class Archive:
         try:
             yield
         except DamagedObjectError as damage:
-            where = place_of(damage.key, self.layout, self.records)
+            where = place_of(damage.key, self.layout, lambda row: self.records[row].epoch)
             raise DamagedRunError(
                 f"{self.objects.root}: {where}{damage}; restore it from a copy of the run, or trajkit repair"
             ) from None
 
 
-def place_of(key: str, layout: ParameterLayout, records: Sequence[CommitRecord]) -> str:
-    """Where an object of an array belongs, for a message: epoch and tensors."""
+def place_of(key: str, layout: ParameterLayout, epoch_of: Callable[[int], int]) -> str:
+    """Where an object of an array belongs, for a message: epoch and tensors; `epoch_of` knows the label of a row."""
     path, _, position = key.partition("/c/")
     indices = [int(index) for index in position.split("/")]
-    place = "" if path == PROBE_INDEX else f"epoch {records[indices[0]].epoch}: "
+    place = "" if path == PROBE_INDEX else f"epoch {epoch_of(indices[0])}: "
     if path == WEIGHTS:
         columns = chunk_rule(layout.n_weights).objects()[indices[1]]
         first, last = layout.weight_at(columns.start), layout.weight_at(columns.stop - 1)

@@ -22,7 +22,7 @@ from .commit import MOST_MISSING, RECORD, CommitRecord, LostRecord, StoredObject
 from .damage import Damage, Mark, read_marks
 from .evaluations import read_evaluation
 from .expected import part, require_objects
-from .fits import fit_names, open_fit
+from .fits import StoredFit, fit_names, open_fit
 from .format import (
     BAD,
     BUFFERS,
@@ -46,6 +46,8 @@ from .root import layout_copy, layout_of_root, metadata_key, read_document, root
 
 Progress = Callable[[int, int], None]
 
+THREADS_A_CORE = 2
+"""One hashes while another waits for the disk."""
 PROBE_BYTES = 4
 """A value of the probe."""
 
@@ -64,6 +66,8 @@ class Examination:
     committed: dict[str, StoredObject] = field(default_factory=dict)
     owners: dict[str, Damage] = field(default_factory=dict)
     """Of each committed object: what it is when it is damaged, all but the kind of it."""
+    fits: dict[str, StoredFit] = field(default_factory=dict)
+    """Folder -> the fit in it, in the version that was looked at."""
     damages: list[Damage] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
 
@@ -93,8 +97,15 @@ class Examination:
                     progress(done, total)
             return damage
 
-        with ThreadPoolExecutor(max(os.cpu_count() or 1, self.objects.at_a_time)) as pool:
+        with ThreadPoolExecutor(max(THREADS_A_CORE * (os.cpu_count() or 1), self.objects.at_a_time)) as pool:
             self.damages += [damage for damage in pool.map(check, keys) if damage is not None]
+        self.forget_outdated()
+
+    def forget_outdated(self) -> None:
+        """Drop what was found of fits that were updated or removed meanwhile."""
+        concerned = {damage.aside for damage in self.damages}
+        outdated = {aside for aside, fit in self.fits.items() if aside in concerned and not fit.is_current}
+        self.damages = [damage for damage in self.damages if damage.aside not in outdated]
 
     def look(self, key: str, look: Callable[[], None]) -> Damage | None:
         """What is wrong with a committed object, by a look at it that raises."""
@@ -130,6 +141,7 @@ def examine(objects: Objects, recording: bool) -> Examination:
         _expect_fits(found, found.layout, stored)
     _read_evaluations(found)
     _compare_lengths(found, stored)
+    found.forget_outdated()
     if not recording:
         found.leftovers = _leftovers(found, stored)
     return found
@@ -212,7 +224,7 @@ def _expect_rows(found: Examination, layout: ParameterLayout) -> None:
         found.committed |= record.objects
         for key in record.objects:
             of_row = None if key.startswith(PROBE_INDEX) else row
-            place = place_of(key, layout, [record] * (row + 1))
+            place = place_of(key, layout, {row: record.epoch}.__getitem__)
             found.owners[key] = Damage(key, "", f"{place}object ", row=of_row)
 
 
@@ -301,6 +313,7 @@ def _as_compared(document: dict[str, Any], expected: dict[str, Any], most_rows: 
 
 
 def _expect_fits(found: Examination, layout: ParameterLayout, stored: Mapping[str, int]) -> None:
+    existing = fit_names(found.objects)
     for name in found.objects.names(FITS):
         if name == METADATA:
             continue
@@ -308,7 +321,7 @@ def _expect_fits(found: Examination, layout: ParameterLayout, stored: Mapping[st
         key = f"{aside}/{METADATA}"
         blank = Damage("", "", f"fit '{name}': object ", "fit again by another name, or trajkit repair", aside=aside)
         tables = [key for key in stored if key.startswith(f"{aside}/") and key.endswith("/mode/objects.json")]
-        if name not in fit_names(found.objects):
+        if name not in existing:
             if tables and not found.objects.is_locked(f"fit-{name}"):
                 what = "is missing: the fit was interrupted at its very end, or it is lost"
                 found.damages.append(replace(blank, key=key, what=what))
@@ -319,6 +332,7 @@ def _expect_fits(found: Examination, layout: ParameterLayout, stored: Mapping[st
         except TrajkitError as error:
             found.damages.append(replace(blank, key=key, what=_reason(found.objects, key, error)))
             continue
+        found.fits[aside] = fit
         found.committed |= table
         found.owners |= {key: replace(blank, key=key) for key in table}
         documents = {fit.group: group_document(), aside: fit.group_document()}

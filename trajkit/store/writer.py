@@ -166,9 +166,9 @@ class ArchiveWriter:
 
             for key, made in self._store_row(keep, record.row, values, probe_index).items():
                 if made != record.objects[key]:
-                    place = place_of(key, layout, self.records).removeprefix(f"epoch {values.epoch}: ")
+                    place = place_of(key, layout, lambda _: values.epoch)
                     raise InputError(
-                        f"{where}: {place}the values are not those that were recorded as object {key};"
+                        f"{self._objects.root}: {place}the values are not those that were recorded as object {key};"
                         " give the checkpoint of this epoch"
                     )
             damaged = tuple(key for key in contents if not self._is_sound(key, record.objects[key]))
