@@ -280,7 +280,7 @@ def test_two_epochs_are_enough(make_run: MakeRun) -> None:
 def test_more_samples_than_the_probe_holds_are_read_from_the_weights(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trajkit.run.PROBE_SIZE", 64)
+    monkeypatch.setattr("trajkit.store.probe.PROBE_SIZE", 64)
     run = make_run(correlated(6, 1000), sizes=(10, 990))
     assert run.probe_index.size == 64
     for samples, inside in [(40, True), (300, False)]:
