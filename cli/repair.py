@@ -51,6 +51,8 @@ def _echo(done: Repair) -> None:
             click.echo(f"not cured: {damage}")
     if done.bad_epochs:
         epochs = ", ".join(map(str, done.bad_epochs))
-        click.echo(f"epoch {epochs}: bad; to heal it, record its checkpoint again: trajkit record {done.run} …")
+        click.echo(
+            f"epoch {epochs}: bad; its checkpoint heals it (trajkit record {done.run} …), or a copy of what is lost"
+        )
     verdict = "usable" if done.damages else "sound"
     click.echo(f"{done.run}: {verdict}" if done.actions else f"{done.run}: {verdict}, nothing to do")

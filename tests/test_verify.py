@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from trajkit_cli.main import main
 
 import trajkit
 from trajkit import RunWriter, evaluate, fit, import_checkpoints, open_run, repair, verify, write_checkpoint
-from trajkit.errors import DamagedRunError, InputError, RunLockedError, RunNotFoundError
+from trajkit.errors import DamagedRunError, InputError, RunLockedError, RunNotFoundError, StorageError
+from trajkit.store import examination, remote
 from trajkit.store import format as store_format
-from trajkit.store import remote
 from trajkit.store.format import METADATA
+from trajkit.store.lock import WriterLock
+from trajkit.store.remote import RemoteObjects
 
 N_EPOCHS = 5
 
@@ -186,7 +188,7 @@ def test_what_an_interrupted_recording_left_is_no_damage(run_path: Path) -> None
     assert "weights/c/5/0" in found.leftovers
     assert "fits/killed/0/mode/c/0" in found.leftovers
     done = repair(run_path)
-    assert len(done.actions) == 1
+    assert len(done.actions) == 2
     assert verify(run_path, "full").leftovers == ()
     assert len(list(run_path.glob("epoch/aside/*/weights/c/5/0"))) == 1
 
@@ -293,8 +295,14 @@ def test_an_epoch_whose_record_is_lost_says_so(run_path: Path, tmp_path: Path) -
     assert repair(run_path).bad_epochs == (2,)
     with pytest.raises(DamagedRunError, match=r"epoch 2: 'w': object weights/c/2/0 was never committed"):
         _ = open_run(run_path).weights[2]
-    with pytest.raises(InputError, match=r"epoch 2: its commit record is lost, so nothing says what was recorded"):
-        import_checkpoints(run_path, [tmp_path / "epoch2.pt"])
+    (imported,) = import_checkpoints(run_path, [tmp_path / "epoch2.pt"])
+    assert not imported.new
+    assert not imported.healed
+    with (
+        RunWriter(run_path) as writer,
+        pytest.raises(InputError, match=r"epoch 2: its commit record is lost, so nothing says what was recorded"),
+    ):
+        writer.heal(LAYOUT, 2, *epoch_values(2))
 
 
 def test_a_restored_object_is_sound_again(run_path: Path) -> None:
@@ -325,6 +333,84 @@ def test_attributes_of_ones_own_survive_a_repair(run_path: Path) -> None:
     (run_path / METADATA).write_text(json.dumps(document))
     assert repair(run_path).actions == ("zarr.json written again",)
     assert json.loads((run_path / METADATA).read_bytes())["attributes"]["mine"] == 3
+
+
+# --- Side by side
+
+
+def test_an_epoch_that_is_recorded_during_a_look_is_no_damage(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records were read before it, and the shapes after it."""
+    examine_records = examination.examine_records
+
+    def racing(*arguments: Any) -> Iterator[Any]:
+        yield from examine_records(*arguments)
+        append(writer, N_EPOCHS)
+
+    monkeypatch.setattr(examination, "examine_records", racing)
+    with RunWriter(run_path) as writer:
+        assert verify(run_path, "full").damages == ()
+
+
+def test_a_fit_that_is_saved_during_a_look_is_no_damage(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for when in ("_expect_fits", "_read_evaluations"):
+        look = getattr(examination, when)
+
+        def racing(*arguments: Any, _look: Any = look, _name: str = when) -> None:
+            _look(*arguments)
+            if f"late{_name}" not in open_run(run_path).fits:
+                fit(run_path, modes=1, samples=10, name=f"late{_name}")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(examination, when, racing)
+            found = verify(run_path, "full")
+            assert (found.damages, found.leftovers) == ((), ())
+    with monkeypatch.context() as patch:
+        numbers = iter(("now", "then"))  # a repair looks twice
+        patch.setattr(
+            examination, "_read_evaluations", lambda _: fit(run_path, modes=1, samples=10, name=next(numbers))
+        )
+        assert repair(run_path).actions == ()
+    assert open_run(run_path).fit("now").mode.shape == (300,)
+
+
+def test_a_repair_that_has_lost_the_run_moves_nothing(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run_path / "weights/c/1", run_path / "weights/c/5")
+    before = files_of(run_path)
+    monkeypatch.setattr(WriterLock, "confirmed", property(lambda _: False))
+    with pytest.raises(RunLockedError, match="another writer has taken the run over; repair again"):
+        repair(run_path)
+    assert files_of(run_path) == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for place in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(RunNotFoundError, match="no run here"):
+            repair(place)
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+@pytest.mark.parametrize("key", ["weights/c/2/0", "fits/plain/zarr.json", METADATA])
+def test_a_store_that_does_not_answer_is_no_damage(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    monkeypatch.setattr(remote, "_client", lambda *_: store)
+    record("s3://bucket/run")
+    for name in ("digest", "read"):
+        original = getattr(RemoteObjects, name)
+
+        def busy(self: RemoteObjects, asked: str, _original: Any = original) -> Any:
+            if asked == key:
+                raise StorageError("503 Slow Down")
+            return _original(self, asked)
+
+        monkeypatch.setattr(RemoteObjects, name, busy)
+    for look in (lambda: verify("s3://bucket/run", "full"), lambda: repair("s3://bucket/run")):
+        with pytest.raises(StorageError, match="503 Slow Down"):
+            look()
+    monkeypatch.undo()
+    monkeypatch.setattr(remote, "_client", lambda *_: store)
+    assert verify("s3://bucket/run", "full").sound
+    assert open_run("s3://bucket/run").fits == ("plain", "updated")
 
 
 # --- The command line, and object stores

@@ -244,9 +244,9 @@ class RunWriter:
         self._writer.append(layout, EpochValues(label, weights, buffers, _plain(metrics or {})), probe_index)
 
     @property
-    def bad_epochs(self) -> tuple[int, ...]:
-        """The recorded epochs that `repair` has found damaged, rising."""
-        return self._writer.bad_epochs
+    def healable_epochs(self) -> tuple[int, ...]:
+        """The recorded epochs that `repair` has found damaged, and that `heal` can put right; rising."""
+        return self._writer.healable_epochs
 
     def heal(
         self,

@@ -53,7 +53,7 @@ def import_checkpoints(
     done: list[Imported] = []
     with RunWriter(run, fsync=fsync, nonfinite=nonfinite) as writer:
         for epoch, path in epochs_of(paths, first_epoch).items():
-            imported = Imported(path, epoch, epoch not in writer.epochs, epoch in writer.bad_epochs)
+            imported = Imported(path, epoch, epoch not in writer.epochs, epoch in writer.healable_epochs)
             if imported.new or imported.healed:
                 _record(writer, imported)
             done.append(imported)

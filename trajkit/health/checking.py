@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DamagedRunError
+from ..errors import DamagedRunError, InputError
 from ..run import PathLike, Run, open_run
 from ..store.format import PROBE, WEIGHTS, buffer_path
 from .labels import missing_labels
@@ -42,6 +42,8 @@ def check(
     with _pointing_to_verify(path):
         run = run if isinstance(run, Run) else open_run(run)
         rows = run.rows_of(epochs)
+        if rows.size == 0:
+            raise InputError(f"{run.path}: no epoch to check, expected at least one that is not bad; name some")
         labels = run.epochs[rows]
         copies = _same_weights(run, rows)
         found = [*_duplicates(run, rows, copies), *_missing(run, labels), *_out_of_place(run, rows)]

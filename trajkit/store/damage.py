@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 
@@ -13,6 +14,7 @@ from .format import BAD
 from .place import Objects
 from .root import read_small
 
+_NAME = re.compile(r"\d{8}\.json")
 MARK_FIELDS: Mapping[str, type | UnionType] = {"row": int, "epoch": int, "what": str, "layout": str | None}
 
 
@@ -55,13 +57,23 @@ def mark_key(row: int) -> str:
 def read_marks(objects: Objects) -> dict[int, Mark]:
     """Row -> mark; raises `DamagedRunError` for one that cannot be read."""
     marks: dict[int, Mark] = {}
+    for mark in examine_marks(objects):
+        if isinstance(mark, Damage):
+            raise DamagedRunError(f"{objects.root}: {mark}")
+        marks[mark.row] = mark
+    return marks
+
+
+def examine_marks(objects: Objects) -> Iterator[Mark | Damage]:
+    """The marks, or what is wrong with one. Other files beside them are left alone."""
     for name in objects.names(BAD):
+        if not _NAME.fullmatch(name):
+            continue
         key = f"{BAD}/{name}"
         try:
             mark = Mark(**require_fields(parse(read_small(objects, key)), MARK_FIELDS))
             if key != mark_key(mark.row) or not -(2**63) <= mark.epoch < 2**63:
                 raise ValueError("it belongs to no row")
+            yield mark
         except (ValueError, TypeError) as error:  # TypeError: a field that is not ours
-            raise DamagedRunError(f"{objects.root}: {key} marks no epoch ({error}); remove it, repair again") from error
-        marks[mark.row] = mark
-    return marks
+            yield Damage(key, f"marks no epoch ({error})")

@@ -5,6 +5,7 @@ Unlike a reader it does not stop at the first damage, and does without whatever 
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -14,17 +15,23 @@ from functools import partial
 from typing import Any
 
 from ..digest import canonical_json
-from ..errors import DamagedRunError, InputError, RunNotFoundError, TrajkitError, UnsupportedFormatError
+from ..errors import (
+    DamagedRunError,
+    InputError,
+    RunNotFoundError,
+    StorageError,
+    TrajkitError,
+    UnsupportedFormatError,
+)
 from ..layout import ParameterLayout
 from .archive import first_length, place_of
 from .arrays import with_rows
 from .commit import MOST_MISSING, RECORD, CommitRecord, LostRecord, StoredObject, examine_records
-from .damage import Damage, Mark, read_marks
+from .damage import Damage, Mark, examine_marks
 from .evaluations import read_evaluation
 from .expected import part, require_objects
-from .fits import StoredFit, fit_names, open_fit
+from .fits import StoredFit, open_fit
 from .format import (
-    BAD,
     BUFFERS,
     COMMITS,
     EPOCH,
@@ -43,9 +50,12 @@ from .objects import DamagedObjectError, require_content, require_length
 from .place import Objects
 from .raw import CHECKSUM_BYTES
 from .root import layout_copy, layout_of_root, metadata_key, read_document, root_document, with_arrays
+from .writer import WRITER
 
 Progress = Callable[[int, int], None]
 
+DAMAGED_DISK = (errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN)
+"""What a file system says of a file that it cannot give back."""
 THREADS_A_CORE = 2
 """One hashes while another waits for the disk."""
 PROBE_BYTES = 4
@@ -68,6 +78,8 @@ class Examination:
     """Of each committed object: what it is when it is damaged, all but the kind of it."""
     fits: dict[str, StoredFit] = field(default_factory=dict)
     """Folder -> the fit in it, in the version that was looked at."""
+    abandoned: set[str] = field(default_factory=set)
+    """Folders of fits that were never finished."""
     damages: list[Damage] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
 
@@ -116,42 +128,55 @@ class Examination:
         except FileNotFoundError:
             what = "is missing"
         except OSError as error:
-            what = f"cannot be read ({error.strerror or error})"
+            if error.errno not in DAMAGED_DISK:  # a store that does not answer, too few open files, no permission
+                raise
+            what = f"cannot be read ({error.strerror})"
         else:
             return None
         owner = self.owners[key]
         return replace(owner, key=key, what=what)
 
 
-def examine(objects: Objects, recording: bool) -> Examination:
-    """Everything but the content of the arrays; raises `RunNotFoundError` where there is no run.
-
-    recording: whether a training is at it: then shapes may lag behind, and what nothing names yet is no leftover.
-    """
-    found = Examination(objects)
+def require_run(objects: Objects) -> None:
+    """Raise `RunNotFoundError` unless there is a run, damaged or not."""
     if not objects.exists(METADATA) and not objects.names(COMMITS):
         raise RunNotFoundError(f"{objects.root}: no run here, expected a directory with a {METADATA}; check the path")
+
+
+def examine(objects: Objects, alone: bool) -> Examination:
+    """Everything but the content of the arrays; raises `RunNotFoundError` where there is no run.
+
+    alone: whether nobody else may write. Otherwise, where a training is at it, shapes may differ from the records that
+    were read before, and what nothing names yet is no leftover.
+    """
+    require_run(objects)
+    found = Examination(objects)
+    recording = not alone and objects.is_locked(WRITER)
     _read_marks(found)
     _read_records(found)
     _read_layout(found)
-    stored = dict(objects.lengths(""))  # after the records: what they name is there
     if found.layout is not None:
         _expect_rows(found, found.layout)
+        recording = recording or (not alone and objects.is_locked(WRITER))  # it may have begun just now
         _compare_documents(found, found.layout, recording)
-        _expect_fits(found, found.layout, stored)
+        _expect_fits(found, found.layout)
     _read_evaluations(found)
+    stored = dict(objects.lengths(""))  # after all that names objects: they are there
     _compare_lengths(found, stored)
     found.forget_outdated()
-    if not recording:
+    if alone or not (recording or objects.is_locked(WRITER)):
         found.leftovers = _leftovers(found, stored)
     return found
 
 
 def _read_marks(found: Examination) -> None:
-    try:
-        found.marks = read_marks(found.objects)
-    except DamagedRunError as error:
-        found.damages.append(Damage(BAD, _reason(found.objects, BAD, error)))
+    marks: dict[int, Mark] = {}
+    for mark in examine_marks(found.objects):
+        if isinstance(mark, Damage):
+            found.damages.append(mark)
+        else:
+            marks[mark.row] = mark
+    found.marks = marks
 
 
 def _read_records(found: Examination) -> None:
@@ -196,7 +221,7 @@ def _read_layout(found: Examination) -> None:
             if layout.digest != recorded:
                 raise InputError("has another layout than the one that was recorded")
             layouts.append(layout)
-        except UnsupportedFormatError:
+        except (UnsupportedFormatError, StorageError):
             raise
         except TrajkitError as error:
             found.damages.append(Damage(key, _reason(found.objects, key, error)))
@@ -258,9 +283,12 @@ def _documents_for(record: CommitRecord, layout: ParameterLayout) -> dict[str, d
 
 
 def _compare_documents(found: Examination, layout: ParameterLayout, recording: bool) -> None:
-    """Every ``zarr.json`` of the run's own nodes with what it should say; while a training records, rows may lag."""
-    for path, document in expected_documents(found, layout).items():
-        found.damages += _document_damage(found.objects, path, document, len(found.records) if recording else None)
+    """Every ``zarr.json`` of the run's own nodes with what it should say; while a training records, rows may differ."""
+    expected = expected_documents(found, layout)
+    stored = {path: _read(found.objects, path) for path in expected}
+    most_rows = len(found.objects.names(COMMITS)) if recording else None  # asked after: shapes do not run ahead
+    for path, document in expected.items():
+        found.damages += _document_damage(found.objects, path, stored[path], document, most_rows)
 
 
 def expected_documents(found: Examination, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
@@ -276,15 +304,26 @@ def expected_documents(found: Examination, layout: ParameterLayout) -> dict[str,
     return expected
 
 
+def _read(objects: Objects, path: str) -> dict[str, Any] | DamagedRunError:
+    """The ``zarr.json`` of a node, or what is wrong with it."""
+    try:
+        return read_document(objects, metadata_key(path))
+    except DamagedRunError as error:
+        return error
+
+
 def _document_damage(
-    objects: Objects, path: str, expected: dict[str, Any], most_rows: int | None, aside: str | None = None
+    objects: Objects,
+    path: str,
+    stored: dict[str, Any] | DamagedRunError,
+    expected: dict[str, Any],
+    most_rows: int | None,
+    aside: str | None = None,
 ) -> list[Damage]:
     """What is wrong with the ``zarr.json`` of a node. Attributes of the user's own are left alone."""
     key = metadata_key(path)
-    try:
-        stored = read_document(objects, key)
-    except DamagedRunError as error:
-        return [Damage(key, _reason(objects, key, error), aside=aside)]
+    if isinstance(stored, DamagedRunError):
+        return [Damage(key, _reason(objects, key, stored), aside=aside)]
     if _as_compared(stored, expected, most_rows) == _as_compared(expected, expected, most_rows):
         return []
     if _as_compared(stored, expected, 2**63) == _as_compared(expected, expected, 2**63):
@@ -312,23 +351,29 @@ def _as_compared(document: dict[str, Any], expected: dict[str, Any], most_rows: 
     return canonical_json(compared)
 
 
-def _expect_fits(found: Examination, layout: ParameterLayout, stored: Mapping[str, int]) -> None:
-    existing = fit_names(found.objects)
+def _expect_fits(found: Examination, layout: ParameterLayout) -> None:
+    """The objects of each fit, and which were abandoned: those that neither exist nor are being written."""
     for name in found.objects.names(FITS):
         if name == METADATA:
             continue
         aside = f"{FITS}/{name}"
         key = f"{aside}/{METADATA}"
         blank = Damage("", "", f"fit '{name}': object ", "fit again by another name, or trajkit repair", aside=aside)
-        tables = [key for key in stored if key.startswith(f"{aside}/") and key.endswith("/mode/objects.json")]
-        if name not in existing:
-            if tables and not found.objects.is_locked(f"fit-{name}"):
+        busy = found.objects.is_locked(f"fit-{name}")  # asked first: it may be finished between the two looks
+        if not found.objects.exists(key):
+            if busy:
+                continue
+            found.abandoned.add(aside)
+            tables = [f"{aside}/{version}/mode/objects.json" for version in found.objects.names(aside)]
+            if any(found.objects.exists(table) for table in tables):
                 what = "is missing: the fit was interrupted at its very end, or it is lost"
                 found.damages.append(replace(blank, key=key, what=what))
             continue
         try:
             fit = open_fit(found.objects, name, layout)
             table = fit.committed()
+        except StorageError:
+            raise
         except TrajkitError as error:
             found.damages.append(replace(blank, key=key, what=_reason(found.objects, key, error)))
             continue
@@ -338,7 +383,8 @@ def _expect_fits(found: Examination, layout: ParameterLayout, stored: Mapping[st
         documents = {fit.group: group_document(), aside: fit.group_document()}
         documents |= {f"{fit.group}/{array}": document for array, document in fit.documents.items()}
         for path, document in documents.items():
-            found.damages += _document_damage(found.objects, path, document, None, aside)
+            stored = _read(found.objects, path)
+            found.damages += _document_damage(found.objects, path, stored, document, None, aside)
 
 
 def _read_evaluations(found: Examination) -> None:
@@ -365,15 +411,12 @@ def _compare_lengths(found: Examination, stored: Mapping[str, int]) -> None:
 def _leftovers(found: Examination, stored: Mapping[str, int]) -> list[str]:
     """Objects that nothing names, of a recording or a fit that was interrupted."""
     arrays = found.documents.keys() - {PROBE_INDEX}
-    current = {owner.aside for owner in found.owners.values()}
-    fits = {f"{FITS}/{name}" for name in found.objects.names(FITS) if name != METADATA}
-    abandoned = {fit for fit in fits - current if not found.objects.is_locked(f"fit-{fit.removeprefix(FITS + '/')}")}
 
     def left(key: str) -> bool:
         path, _, position = key.partition("/c/")
         row = position.partition("/")[0]
         if path in arrays and row.isdigit():
             return int(row) >= len(found.records)
-        return "/".join(key.split("/")[:2]) in abandoned
+        return "/".join(key.split("/")[:2]) in found.abandoned
 
     return sorted(key for key in stored if key not in found.committed and left(key))

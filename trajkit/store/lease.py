@@ -145,7 +145,10 @@ class _State:
 
     def _adopt(self) -> bool:
         """Whether the lease is ours all the same: the answer to an earlier put may have been lost on the way."""
-        content, version = self._objects.read_versioned(self._key)
+        try:
+            content, version = self._objects.read_versioned(self._key)
+        except FileNotFoundError:  # somebody has deleted it, and nobody can tell who came after
+            return False
         if _fields(content).get("holder") != self._holder["holder"]:
             return False
         self._version = version

@@ -57,6 +57,7 @@ class RemoteObjects:
             raise InputError(
                 f"{url}: expected a URL such as s3://bucket/run, gs://bucket/run or az://account/container/run"
             )
+        _obstore()  # or say what to install
         self.root = url.rstrip("/")
         self._spool_lock = threading.Lock()
         self._spool: Path | None = None
@@ -176,7 +177,10 @@ class RemoteObjects:
         """Exchange objects atomically, in their order: a reader sees the old bytes of each or the new ones."""
         for key, data in contents.items():
             with self._asking(key, large=len(data) > SMALL_BYTES) as store:
-                _obstore().put(store, key, data, use_multipart=False)
+                try:
+                    _obstore().put(store, key, data, use_multipart=False)
+                except FileNotFoundError as error:
+                    raise self._refused(key, error) from error
 
     def put_if(self, key: str, data: Bytes, version: Any) -> Any:
         """Write an object if it still has a version, or does not exist where that is None; its new version.
@@ -190,6 +194,8 @@ class RemoteObjects:
                 return _version(_obstore().put(store, key, data, mode="create" if version is None else version))
             except (AlreadyExistsError, PreconditionError) as error:
                 raise ConflictError(key) from error
+            except FileNotFoundError as error:
+                raise self._refused(key, error) from error
 
     def delete(self, key: str) -> None:
         """Delete an object if it exists."""
@@ -254,11 +260,14 @@ class RemoteObjects:
         try:
             yield _client(self.root, LARGE_S if large else SMALL_S)
         except (BaseError, ValueError) as error:
-            what = str(error).partition("\n\nDebug source")[0].replace("\n", " ")
-            raise StorageError(
-                f"{self.root}: {key or 'the run'}: the object store says {what[:500]};"
-                " check the URL, the credentials, the endpoint and the network"
-            ) from error
+            raise self._refused(key, error) from error
+
+    def _refused(self, key: str, error: Exception) -> StorageError:
+        what = str(error).partition("\n\nDebug source")[0].replace("\n", " ")
+        return StorageError(
+            f"{self.root}: {key or 'the run'}: the object store says {what[:500]};"
+            " check the URL, the credentials, the endpoint and the network"
+        )
 
 
 def _obstore() -> Any:
@@ -297,9 +306,13 @@ def _aws_options(endpoint: str) -> dict[str, Any]:
     options: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
     if "AWS_ACCESS_KEY_ID" not in os.environ:
         with contextlib.suppress(ImportError, ValueError):  # no boto3, or it knows no credentials either
+            from botocore.exceptions import BotoCoreError
             from obstore.auth.boto3 import Boto3CredentialProvider
 
-            options["credential_provider"] = Boto3CredentialProvider()
+            try:
+                options["credential_provider"] = Boto3CredentialProvider()
+            except BotoCoreError as error:
+                raise StorageError(f"the credentials for AWS cannot be found ({error}); check AWS_PROFILE") from error
     return options
 
 

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..digest import canonical_json, digest
-from ..errors import DamagedRunError
+from ..errors import DamagedRunError, RunLockedError
 from ..layout import ParameterLayout
 from .arrays import VerifiedReader, encode
 from .commit import CommitRecord
 from .damage import Damage, Mark, mark_key
-from .examination import Examination, Progress, examine, expected_documents
-from .format import ASIDE, EPOCH, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, WEIGHTS
-from .place import Objects, PathLike, objects_at
+from .examination import Examination, Progress, examine, expected_documents, require_run
+from .format import ASIDE, BAD, EPOCH, FITS, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, WEIGHTS
+from .place import Lock, Objects, PathLike, objects_at
 from .probe import draw_probe
 from .raw import CHECKSUM_BYTES
 from .root import encoded, metadata_key, read_document
@@ -50,17 +50,18 @@ def repair(place: PathLike, progress: Progress | None = None) -> Repair:
     the layout is lost: then restore ``zarr.json`` or ``epoch/layout.json`` from a copy.
     """
     objects = objects_at(place, owner=WRITER)
+    require_run(objects)
     lock = objects.lock(WRITER, "the run")
     try:
-        found = examine(objects, recording=False)
+        found = examine(objects, alone=True)
         if found.layout is None:
             raise DamagedRunError(
                 f"{objects.root}: {METADATA} and {LAYOUT_COPY} are both damaged, expected the layout in one of them;"
                 " restore one from a copy of the run"
             )
         found.hash(found.undamaged(), progress)
-        actions = list(_Repairer(objects, found, found.layout).repair())
-        after = examine(objects, recording=False)
+        actions = list(_Repairer(objects, lock, found, found.layout).repair())
+        after = examine(objects, alone=True)
         known = {damage.key for damage in after.damages}
         left = [damage for damage in found.damages if damage.row in after.marks and damage.key not in known]
         return Repair(objects.root, tuple(actions), after.bad_epochs, (*after.damages, *left))
@@ -71,13 +72,17 @@ def repair(place: PathLike, progress: Progress | None = None) -> Repair:
 class _Repairer:
     """The steps of a repair, each of which says what it has done."""
 
-    def __init__(self, objects: Objects, found: Examination, layout: ParameterLayout) -> None:
-        self._objects, self._found, self._layout = objects, found, layout
+    def __init__(self, objects: Objects, lock: Lock, found: Examination, layout: ParameterLayout) -> None:
+        self._objects, self._lock, self._found, self._layout = objects, lock, found, layout
         self._aside = f"{ASIDE}/{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
         self._damaged = {damage.key: damage for damage in found.damages}
 
     def repair(self) -> Iterator[str]:
         """All of it, what others rest on first."""
+        for key in sorted(self._damaged):
+            if key.startswith(f"{BAD}/"):
+                self._move_aside(key)
+                yield f"{key} moved to {self._aside}: it marked no epoch"
         yield from self._renew_documents()
         yield from self._renew_objects()
         yield from self._mark_rows()
@@ -147,6 +152,7 @@ class _Repairer:
             lost = record is None
             mark = Mark(row, self._label(row), f"{damage.key} {damage.what}", self._layout.digest if lost else None)
             if self._found.marks.get(row) != mark and not (row in self._found.marks and not lost):
+                self._require_held()
                 self._objects.replace({mark_key(row): mark.to_bytes()})
                 yield f"epoch {mark.epoch} marked as bad: {mark.what}"
             if lost:
@@ -176,25 +182,51 @@ class _Repairer:
 
     def _set_aside(self) -> Iterator[str]:
         """Move what is of no use: damaged fits and evaluations, and what was never finished."""
-        prefixes = sorted({damage.aside for damage in self._damaged.values() if damage.aside is not None})
-        for prefix in prefixes:
-            keys = [key for key, _ in self._objects.lengths(prefix)]
-            for key in keys:
-                self._move_aside(key)
-            if not keys:
-                self._objects.delete_tree(prefix)  # empty folders
-            yield f"{prefix} moved to {self._aside}"
-        leftovers = [key for key in self._found.leftovers if not key.startswith(tuple(f"{p}/" for p in prefixes))]
-        for key in leftovers:
+        prefixes = {damage.aside for damage in self._damaged.values() if damage.aside is not None}
+        for prefix in sorted(prefixes | self._found.abandoned):
+            move = self._set_fit_aside if prefix.startswith(f"{FITS}/") else self._move_all_aside
+            if move(prefix):
+                yield f"{prefix} moved to {self._aside}"
+        rows = [key for key in self._found.leftovers if not key.startswith(f"{FITS}/")]
+        for key in rows:
             self._move_aside(key)
-        if leftovers:
-            yield f"{len(leftovers)} objects of an interrupted recording or fit moved to {self._aside}"
+        if rows:
+            yield f"{len(rows)} objects of an interrupted recording moved to {self._aside}"
+
+    def _set_fit_aside(self, prefix: str) -> bool:
+        """Move a fit, unless somebody has begun to write it again, or has done so, since it was looked at."""
+        name = prefix.removeprefix(f"{FITS}/")
+        known = self._found.fits.get(prefix)
+        try:
+            lock = self._objects.lock(f"fit-{name}", f"fit '{name}'")
+        except RunLockedError:
+            return False
+        try:
+            finished = prefix in self._found.abandoned and self._objects.exists(f"{prefix}/{METADATA}")
+            updated = known is not None and not known.is_current and self._objects.exists(f"{prefix}/{METADATA}")
+            return not finished and not updated and self._move_all_aside(prefix)
+        finally:
+            lock.release()
+
+    def _move_all_aside(self, prefix: str) -> bool:
+        keys = [key for key, _ in self._objects.lengths(prefix)]
+        for key in keys:
+            self._move_aside(key)
+        if not keys:
+            self._objects.delete_tree(prefix)  # empty folders
+        return bool(keys)
 
     def _renew(self, key: str, data: bytes) -> None:
         self._move_aside(key)
         self._objects.create_atomically(key, data)
 
+    def _require_held(self) -> None:
+        """Raise `RunLockedError` where the run was lost to another writer: what is left over may be its by now."""
+        if not self._lock.confirmed:
+            raise RunLockedError(f"{self._objects.root}: another writer has taken the run over; repair again")
+
     def _move_aside(self, key: str) -> None:
+        self._require_held()
         if self._objects.exists(key):
             self._objects.move(key, f"{self._aside}/{key}")
 

@@ -13,7 +13,6 @@ from ..errors import InputError
 from .damage import Damage
 from .examination import Examination, Progress, examine
 from .place import PathLike, objects_at
-from .writer import WRITER
 
 Level = Literal["fast", "sampled", "full"]
 
@@ -55,7 +54,7 @@ def verify(place: PathLike, level: Level = "sampled", progress: Progress | None 
         raise InputError(f"level is {level!r}, expected one of {', '.join(get_args(Level))}; choose one")
     began = time.perf_counter()
     objects = objects_at(place)
-    examination = examine(objects, recording=objects.is_locked(WRITER))
+    examination = examine(objects, alone=False)
     chosen = _chosen(examination, level)
     examination.hash(chosen, progress)
     return Verification(

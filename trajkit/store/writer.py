@@ -97,9 +97,9 @@ class ArchiveWriter:
         return self._objects.root
 
     @property
-    def bad_epochs(self) -> tuple[int, ...]:
-        """The recorded epochs that are marked as bad, rising."""
-        return tuple(mark.epoch for _, mark in sorted(read_marks(self._objects).items()))
+    def healable_epochs(self) -> tuple[int, ...]:
+        """The recorded epochs that are marked as bad, and whose commit record says what they were; rising."""
+        return tuple(mark.epoch for _, mark in sorted(read_marks(self._objects).items()) if mark.layout is None)
 
     def close(self) -> None:
         """Let the next writer in."""
@@ -134,7 +134,8 @@ class ArchiveWriter:
             _require_vectors(layout, values, where)
             self._whole = False
             record = self._write(layout, values, probe_index)
-            self._require_held()
+            if not self._lock.confirmed:
+                self._require_held()
             self._commit(record)
             self.records, self.layout = (*self.records, record), layout
             # The epoch is recorded. Where its shapes cannot grow now (a full disk), the next append makes up for it.
@@ -173,6 +174,7 @@ class ArchiveWriter:
                     )
             damaged = tuple(key for key in contents if not self._is_sound(key, record.objects[key]))
             for key in damaged:
+                self._require_held()
                 if self._objects.exists(key):
                     self._objects.move(key, f"{ASIDE}/{self._writer}/{key}")
                 self._objects.create_atomically(key, contents[key])
