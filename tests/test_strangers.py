@@ -89,7 +89,7 @@ WITHOUT_OPENING = ("lock", "record", "verify", "repair")
 
 def attempt(way: str, path: Path) -> bool:
     """Whether that way works; only an error of ours may say that it does not."""
-    with in_a_second(way):
+    with in_a_second(way, looks=2 if way == "repair" else 1):
         try:
             WAYS[way](path)
         except TrajkitError:

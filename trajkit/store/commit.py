@@ -123,33 +123,36 @@ def examine_records(objects: Objects, marks: Mapping[int, Mark]) -> Iterator[Com
         )
     with ThreadPoolExecutor(objects.at_a_time) as pool:
         previous: CommitRecord | Damage | None = None
-        for row, found in enumerate(pool.map(lambda row: _record_of(objects, row, marks.get(row)), range(n_rows))):
-            if isinstance(found, CommitRecord) and not _follows(found, row, previous):
+        previous_hash: str | None = None
+        looks = pool.map(lambda row: _record_of(objects, row, marks.get(row)), range(n_rows))
+        for row, (found, own_hash) in enumerate(looks):
+            if isinstance(found, CommitRecord) and not _follows(found, row, previous, previous_hash):
                 found = Damage(commit_key(row), "does not follow the record before it", RECORD, row=row)
             yield found
-            previous = found
+            previous, previous_hash = found, own_hash
 
 
-def _record_of(objects: Objects, row: int, mark: Mark | None) -> CommitRecord | Damage:
+def _record_of(objects: Objects, row: int, mark: Mark | None) -> tuple[CommitRecord | Damage, str | None]:
+    """A row's record and its hash, or what is wrong with it."""
     try:
         return _decode(objects, row)
     except (ValueError, TypeError) as error:  # TypeError: a field that is not ours
         if mark is not None and mark.layout is not None:
-            return LostRecord.of(mark)
+            return LostRecord.of(mark), None
         missing = not objects.exists(commit_key(row))
         what = "is missing, later ones exist" if missing else f"cannot be read ({error})"
-        return Damage(commit_key(row), what, RECORD, row=row)
+        return Damage(commit_key(row), what, RECORD, row=row), None
 
 
-def _follows(record: CommitRecord, row: int, before: CommitRecord | Damage | None) -> bool:
+def _follows(record: CommitRecord, row: int, before: CommitRecord | Damage | None, before_hash: str | None) -> bool:
     """Whether a record belongs behind the one before it, as far as that is known."""
     if record.row != row or (isinstance(before, CommitRecord) and record.epoch <= before.epoch):
         return False
     known = not isinstance(record, LostRecord) and not isinstance(before, LostRecord | Damage)
-    return not known or record.previous == (before.hash if isinstance(before, CommitRecord) else None)
+    return not known or record.previous == before_hash
 
 
-def _decode(objects: Objects, row: int) -> CommitRecord:
+def _decode(objects: Objects, row: int) -> tuple[CommitRecord, str]:
     document = require_fields(parse(read_small(objects, commit_key(row))), {"record": dict, ALGORITHM: str})
     if digest(canonical_json(document["record"])) != document[ALGORITHM]:
         raise ValueError("its content does not match its hash")
@@ -158,4 +161,4 @@ def _decode(objects: Objects, row: int) -> CommitRecord:
         raise ValueError(f"epoch {fields['epoch']} is no 64-bit integer")
     fields["metrics"] = read_metrics(fields["metrics"])
     fields["objects"] = {key: StoredObject.from_json(stored) for key, stored in fields["objects"].items()}
-    return CommitRecord(**fields)
+    return CommitRecord(**fields), document[ALGORITHM]
