@@ -52,6 +52,7 @@ KILLS ?= 10000
 soak: $(INSTALLED)  ## kill recordings and fits 10,500 times, and fuzz ten times as long as the tests (half an hour)
 	$(BIN)/python benchmarks/soak.py --kills $(KILLS)
 	TRAJKIT_FUZZ_EXAMPLES=10 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_any_order.py
+	TRAJKIT_STRICT_TIME=1 $(BIN)/python -m pytest tests/test_strangers.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -702,6 +702,7 @@ SAFETENSORS = [
 CHECKPOINTS = [*CODE, *SIZES, *SAFETENSORS]
 
 HARMLESS = {
+    "a mark has a path for a name",
     "a mark says that a record is lost that is there",
     "evaluations/0000/zarr.json is a folder",
     "evaluations is an empty file",

@@ -91,12 +91,16 @@ def watched(inside: Iterable[Path], outside: Path) -> Iterator[None]:
     assert not elsewhere, elsewhere
 
 
+MOST_CPU_S = 1.0 if "TRAJKIT_STRICT_TIME" in os.environ else 10.0
+"""A second is what a quiet machine needs at most, and `make soak` asks for; other work on the machine slows all down."""
+
+
 @contextmanager
 def in_a_second(what: str, looks: int = 1) -> Iterator[None]:
-    """Fails where the block takes more than a second of CPU time, of all threads together, for each look at a run."""
+    """Fails where the block takes more than its share of CPU time, of all threads together, for each look at a run."""
     began = time.process_time()
     yield
-    assert time.process_time() - began <= looks, what
+    assert time.process_time() - began <= looks * MOST_CPU_S, what
 
 
 @cache
