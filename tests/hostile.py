@@ -92,7 +92,7 @@ def watched(inside: Iterable[Path], outside: Path) -> Iterator[None]:
 
 
 MOST_CPU_S = 1.0 if "TRAJKIT_STRICT_TIME" in os.environ else 10.0
-"""A second is what a quiet machine needs at most, and `make soak` asks for; other work on the machine slows all down."""
+"""A quiet machine needs a second at most, which `make soak` asks for; other work on the machine slows all down."""
 
 
 @contextmanager
