@@ -52,8 +52,9 @@ def import_checkpoints(
             raise InputError(f"{path}: no such file, expected a checkpoint; check the name")
     done: list[Imported] = []
     with RunWriter(run, fsync=fsync, nonfinite=nonfinite) as writer:
+        healable = writer.healable_epochs
         for epoch, path in epochs_of(paths, first_epoch).items():
-            imported = Imported(path, epoch, epoch not in writer.epochs, epoch in writer.healable_epochs)
+            imported = Imported(path, epoch, epoch not in writer.epochs, epoch in healable)
             if imported.new or imported.healed:
                 _record(writer, imported)
             done.append(imported)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from ..digest import canonical_json
 from ..errors import DamagedRunError, RunNotFoundError
 from ..layout import ParameterLayout
-from .arrays import Reading, Region, VerifiedReader, keys_of, reading_of, with_rows
+from .arrays import Reading, Region, VerifiedReader, all_with_rows, keys_of, reading_of
 from .commit import CommitRecord, LostRecord, read_records
 from .damage import Mark, read_marks
-from .expected import part, require_objects
+from .expected import parts_of_row, require_objects
 from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays, chunk_rule, commit_key
 from .objects import DamagedObjectError
 from .place import Objects, PathLike, objects_at
@@ -55,8 +55,7 @@ class Archive:
         if not records:
             raise RunNotFoundError(f"{place}: the run has no epoch yet; wait for the first one to be recorded")
         documents = committed_documents(objects, layout, records)
-        grown = {path: with_rows(document, len(records)) for path, document in documents.items()}
-        return cls(objects, layout, records, grown | {PROBE_INDEX: documents[PROBE_INDEX]}, marks)
+        return cls(objects, layout, records, all_with_rows(documents, len(records)), marks)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -126,14 +125,19 @@ class Archive:
 
 def place_of(key: str, layout: ParameterLayout, epoch_of: Callable[[int], int]) -> str:
     """Where an object of an array belongs, for a message: epoch and tensors; `epoch_of` knows the label of a row."""
-    path, _, position = key.partition("/c/")
-    indices = [int(index) for index in position.split("/")]
-    place = "" if path == PROBE_INDEX else f"epoch {epoch_of(indices[0])}: "
-    if path == WEIGHTS:
-        columns = chunk_rule(layout.n_weights).objects()[indices[1]]
+    row = row_of(key)
+    place = "" if row is None else f"epoch {epoch_of(row)}: "
+    if key.startswith(f"{WEIGHTS}/"):
+        columns = chunk_rule(layout.n_weights).objects()[int(key.rpartition("/")[2])]
         first, last = layout.weight_at(columns.start), layout.weight_at(columns.stop - 1)
         place += f"'{first}': " if first == last else f"'{first}' to '{last}': "
     return place
+
+
+def row_of(key: str) -> int | None:
+    """The row that an object of an array belongs to, None for the probe's indices."""
+    path, _, position = key.partition("/c/")
+    return None if path == PROBE_INDEX else int(position.partition("/")[0])
 
 
 @lru_cache(maxsize=8)
@@ -146,10 +150,7 @@ def _reopened(root: str, n_rows: int, last_hash: str) -> Archive:
         archive.objects,
         archive.layout,
         archive.records[:n_rows],
-        {
-            path: document if path == PROBE_INDEX else with_rows(document, n_rows)
-            for path, document in archive.documents.items()
-        },
+        all_with_rows(archive.documents, n_rows),
         archive.marks,
     )
 
@@ -169,11 +170,8 @@ def committed_documents(
     for record in records:
         if isinstance(record, LostRecord):
             continue
-        parts = [part(path, document, record.row) for path, document in documents.items() if path != PROBE_INDEX]
-        if record.row == 0:
-            parts.append(part(PROBE_INDEX, documents[PROBE_INDEX]))
         try:
-            require_objects(record.objects, parts)
+            require_objects(record.objects, parts_of_row(documents, record.row))
         except ValueError as error:
             raise DamagedRunError(
                 f"{objects.root}: commit record {commit_key(record.row)} is not what the layout asks for ({error});"

@@ -27,6 +27,7 @@ from ..errors import DamagedRunError
 from ..forks import in_forked_child
 from .coded import CodedArray, CodedDataError
 from .commit import StoredObject
+from .format import PROBE_INDEX
 from .objects import DamagedObjectError
 from .place import Objects
 from .raw import RawArray, RawDataError
@@ -231,6 +232,13 @@ def keys_of(path: str, document: Mapping[str, Any], region: Region) -> list[str]
 def with_rows(document: dict[str, Any], rows: int) -> dict[str, Any]:
     """The array's document with `rows` epochs."""
     return {**document, "shape": [rows, *document["shape"][1:]]}
+
+
+def all_with_rows(documents: Mapping[str, dict[str, Any]], rows: int) -> dict[str, dict[str, Any]]:
+    """The documents of a run's arrays with `rows` epochs: all but the probe's indices have them."""
+    return {
+        path: document if path == PROBE_INDEX else with_rows(document, rows) for path, document in documents.items()
+    }
 
 
 def _bounded(region: tuple[slice, ...], document: Mapping[str, Any]) -> Region:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 from ..digest import ALGORITHM, canonical_json, digest
 from ..documents import parse, require_fields, require_kind
 from ..errors import DamagedRunError
-from .damage import Damage, Mark
-from .format import COMMITS, commit_key, read_metrics, spell_metrics
+from .damage import Damage, Mark, require_sound
+from .format import COMMITS, ROW_FILE, commit_key, read_metrics, spell_metrics
 from .place import Objects
 from .root import read_small
 
@@ -31,7 +30,6 @@ RECORD_FIELDS: Mapping[str, type | UnionType] = {
 
 RECORD = "commit record "
 MOST_MISSING = 10_000
-_NAME = re.compile(r"\d{8}\.json")
 
 
 @dataclass(frozen=True)
@@ -103,17 +101,12 @@ def read_records(objects: Objects, marks: Mapping[int, Mark]) -> tuple[CommitRec
 
     Raises `DamagedRunError` naming the first record that is damaged, or missing while a later one exists.
     """
-    records: list[CommitRecord] = []
-    for found in examine_records(objects, marks):
-        if isinstance(found, Damage):
-            raise DamagedRunError(f"{objects.root}: {found}")
-        records.append(found)
-    return tuple(records)
+    return tuple(require_sound(objects, examine_records(objects, marks)))
 
 
 def examine_records(objects: Objects, marks: Mapping[int, Mark]) -> Iterator[CommitRecord | Damage]:
     """The commit record of each row, or what is wrong with it; a `LostRecord` where a mark says that it is lost."""
-    rows = [int(name[:8]) for name in objects.names(COMMITS) if _NAME.fullmatch(name)]
+    rows = [int(name[:8]) for name in objects.names(COMMITS) if ROW_FILE.fullmatch(name)]
     rows += [row for row, mark in marks.items() if mark.layout is not None]
     n_rows = max(rows, default=-1) + 1
     if n_rows > MOST_MISSING + len(rows):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
+from typing import TypeVar
 
 from ..documents import parse, require_fields
 from ..errors import DamagedRunError
-from .format import BAD
+from .format import ASIDE, BAD, ROW_FILE
 from .place import Objects
 from .root import read_small
 
-_NAME = re.compile(r"\d{8}\.json")
+Sound = TypeVar("Sound")
 MARK_FIELDS: Mapping[str, type | UnionType] = {"row": int, "epoch": int, "what": str, "layout": str | None}
 
 
@@ -33,6 +33,20 @@ class Damage:
 
     def __str__(self) -> str:
         return f"{self.place}{self.key} {self.what}; {self.cure}"
+
+
+def require_sound(objects: Objects, found: Iterable[Sound | Damage]) -> Iterator[Sound]:
+    """What was found; raises `DamagedRunError` at the first damage among it."""
+    for item in found:
+        if isinstance(item, Damage):
+            raise DamagedRunError(f"{objects.root}: {item}")
+        yield item
+
+
+def move_aside(objects: Objects, key: str, folder: str) -> None:
+    """Move an object, if there is one, to ``epoch/aside/<folder>``."""
+    if objects.exists(key):
+        objects.move(key, f"{ASIDE}/{folder}/{key}")
 
 
 @dataclass(frozen=True)
@@ -56,18 +70,13 @@ def mark_key(row: int) -> str:
 
 def read_marks(objects: Objects) -> dict[int, Mark]:
     """Row -> mark; raises `DamagedRunError` for one that cannot be read."""
-    marks: dict[int, Mark] = {}
-    for mark in examine_marks(objects):
-        if isinstance(mark, Damage):
-            raise DamagedRunError(f"{objects.root}: {mark}")
-        marks[mark.row] = mark
-    return marks
+    return {mark.row: mark for mark in require_sound(objects, examine_marks(objects))}
 
 
 def examine_marks(objects: Objects) -> Iterator[Mark | Damage]:
     """The marks, or what is wrong with one. Other files beside them are left alone."""
     for name in objects.names(BAD):
-        if not _NAME.fullmatch(name):
+        if not ROW_FILE.fullmatch(name):
             continue
         key = f"{BAD}/{name}"
         try:

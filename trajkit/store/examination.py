@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,12 +24,12 @@ from ..errors import (
     UnsupportedFormatError,
 )
 from ..layout import ParameterLayout
-from .archive import first_length, place_of
-from .arrays import with_rows
+from .archive import first_length, place_of, row_of
+from .arrays import all_with_rows
 from .commit import MOST_MISSING, RECORD, CommitRecord, LostRecord, StoredObject, examine_records
 from .damage import Damage, Mark, examine_marks
 from .evaluations import read_evaluation
-from .expected import part, require_objects
+from .expected import parts_of_row, require_objects
 from .fits import StoredFit, open_fit
 from .format import (
     BUFFERS,
@@ -74,8 +74,6 @@ class Examination:
     documents: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Path -> ``zarr.json`` of every array as it should be."""
     committed: dict[str, StoredObject] = field(default_factory=dict)
-    owners: dict[str, Damage] = field(default_factory=dict)
-    """Of each committed object: what it is when it is damaged, all but the kind of it."""
     fits: dict[str, StoredFit] = field(default_factory=dict)
     """Folder -> the fit in it, in the version that was looked at."""
     abandoned: set[str] = field(default_factory=set)
@@ -133,8 +131,16 @@ class Examination:
             what = f"cannot be read ({error.strerror})"
         else:
             return None
-        owner = self.owners[key]
-        return replace(owner, key=key, what=what)
+        if key.startswith(f"{FITS}/"):
+            return _fit_damage(key, what)
+        assert self.layout is not None, "it says what is committed"
+        place = place_of(key, self.layout, self._epoch_of)
+        return Damage(key, what, f"{place}object ", row=row_of(key))
+
+    def _epoch_of(self, row: int) -> int:
+        record = self.records[row]
+        assert record is not None, "an object is committed by a record"
+        return record.epoch
 
 
 def require_run(objects: Objects) -> None:
@@ -242,15 +248,8 @@ def _expect_rows(found: Examination, layout: ParameterLayout) -> None:
             what = f"is not what the layout asks for ({error})"
             found.damages.append(Damage(commit_key(row), what, RECORD, row=row))
             continue
-        found.documents = {
-            path: document if path == PROBE_INDEX else with_rows(document, len(found.records))
-            for path, document in documents.items()
-        }
+        found.documents = all_with_rows(documents, len(found.records))
         found.committed |= record.objects
-        for key in record.objects:
-            of_row = None if key.startswith(PROBE_INDEX) else row
-            place = place_of(key, layout, {row: record.epoch}.__getitem__)
-            found.owners[key] = Damage(key, "", f"{place}object ", row=of_row)
 
 
 def _documents_for(record: CommitRecord, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
@@ -265,16 +264,9 @@ def _documents_for(record: CommitRecord, layout: ParameterLayout) -> dict[str, d
     if not 1 <= n_probe <= layout.n_weights:
         raise ValueError(f"it has {n_probe} probe weights")
     for zstd in (False, True):
-        arrays = all_arrays(layout, n_probe, zstd)
-        documents = {
-            path: document if path == PROBE_INDEX else with_rows(document, record.row + 1)
-            for path, document in arrays.items()
-        }
-        parts = [part(path, document, record.row) for path, document in documents.items() if path != PROBE_INDEX]
-        if record.row == 0:
-            parts.append(part(PROBE_INDEX, documents[PROBE_INDEX]))
+        documents = all_with_rows(all_arrays(layout, n_probe, zstd), record.row + 1)
         try:
-            require_objects(record.objects, parts)
+            require_objects(record.objects, parts_of_row(documents, record.row))
             return documents
         except ValueError:
             if zstd:
@@ -357,7 +349,6 @@ def _expect_fits(found: Examination, layout: ParameterLayout) -> None:
             continue
         aside = f"{FITS}/{name}"
         key = f"{aside}/{METADATA}"
-        blank = Damage("", "", f"fit '{name}': object ", "fit again by another name, or trajkit repair", aside=aside)
         busy = found.objects.is_locked(f"fit-{name}")  # asked first: it may be finished between the two looks
         if not found.objects.exists(key):
             if busy:
@@ -366,7 +357,7 @@ def _expect_fits(found: Examination, layout: ParameterLayout) -> None:
             tables = [f"{aside}/{version}/mode/objects.json" for version in found.objects.names(aside)]
             if any(found.objects.exists(table) for table in tables):
                 what = "is missing: the fit was interrupted at its very end, or it is lost"
-                found.damages.append(replace(blank, key=key, what=what))
+                found.damages.append(_fit_damage(key, what))
             continue
         try:
             fit = open_fit(found.objects, name, layout)
@@ -374,16 +365,21 @@ def _expect_fits(found: Examination, layout: ParameterLayout) -> None:
         except StorageError:
             raise
         except TrajkitError as error:
-            found.damages.append(replace(blank, key=key, what=_reason(found.objects, key, error)))
+            found.damages.append(_fit_damage(key, _reason(found.objects, key, error)))
             continue
         found.fits[aside] = fit
         found.committed |= table
-        found.owners |= {key: replace(blank, key=key) for key in table}
         documents = {fit.group: group_document(), aside: fit.group_document()}
         documents |= {f"{fit.group}/{array}": document for array, document in fit.documents.items()}
         for path, document in documents.items():
             stored = _read(found.objects, path)
             found.damages += _document_damage(found.objects, path, stored, document, None, aside)
+
+
+def _fit_damage(key: str, what: str) -> Damage:
+    name = key.split("/")[1]
+    cure = "fit again by another name, or trajkit repair"
+    return Damage(key, what, f"fit '{name}': object ", cure, aside=f"{FITS}/{name}")
 
 
 def _read_evaluations(found: Examination) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from .arrays import Region, keys_of
 from .commit import StoredObject
+from .format import PROBE_INDEX
 from .raw import CHECKSUM_BYTES, INDEX
 
 Part = tuple[str, dict[str, Any], Region]
@@ -25,6 +26,12 @@ def part(path: str, document: dict[str, Any], row: int | None = None) -> Part:
     first, *others = document["shape"]
     rows = slice(0, first) if row is None else slice(row, row + 1)
     return path, document, (rows, *(slice(0, length) for length in others))
+
+
+def parts_of_row(documents: Mapping[str, dict[str, Any]], row: int) -> list[Part]:
+    """What a row of a run has: its part of every array, and the first row the probe's indices too."""
+    parts = [part(path, document, row) for path, document in documents.items() if path != PROBE_INDEX]
+    return [*parts, part(PROBE_INDEX, documents[PROBE_INDEX])] if row == 0 else parts
 
 
 def require_objects(found: Mapping[str, StoredObject], parts: Iterable[Part]) -> None:

@@ -83,6 +83,8 @@ COLUMN_GRID = 8192
 CHUNK_VALUES = 16 * COLUMN_GRID
 SHARD_CHUNKS = 128
 
+ROW_FILE = re.compile(r"\d{8}\.json")
+"""What is kept of each row under a name: commit records and marks."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 

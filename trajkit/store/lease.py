@@ -25,7 +25,7 @@ LEASE_S = 30.0
 RENEWALS = 3
 """In that time."""
 TRIES = 3
-"""Of a put that meets no answer."""
+"""Of a put with a condition that meets no answer: nobody knows whether it was done, so obstore leaves it to us."""
 
 
 class ConflictError(Exception):

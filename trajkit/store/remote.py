@@ -27,7 +27,7 @@ from ..digest import Hasher
 from ..errors import InputError, StorageError
 from ..forks import in_forked_child
 from .format import LOCKS
-from .lease import LEASE_S, ConflictError, Lease
+from .lease import LEASE_S, TRIES, ConflictError, Lease
 from .objects import Bytes, DamagedObjectError, require_content, require_length
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
@@ -38,8 +38,6 @@ SMALL_S = 20
 LARGE_S = 300
 SMALL_BYTES = 1 << 20
 RETRIES = 4
-TRIES = 3
-"""Of a put that creates: whoever got no answer to it does not know whether it was done, so obstore leaves it to us."""
 PIECE_BYTES = 1 << 20
 
 
@@ -176,25 +174,25 @@ class RemoteObjects:
     def replace(self, contents: Mapping[str, Bytes]) -> None:
         """Exchange objects atomically, in their order: a reader sees the old bytes of each or the new ones."""
         for key, data in contents.items():
-            with self._asking(key, large=len(data) > SMALL_BYTES) as store:
-                try:
-                    _obstore().put(store, key, data, use_multipart=False)
-                except FileNotFoundError as error:
-                    raise self._refused(key, error) from error
+            self._put(key, data, "overwrite")
 
     def put_if(self, key: str, data: Bytes, version: Any) -> Any:
         """Write an object if it still has a version, or does not exist where that is None; its new version.
 
         Raises `ConflictError` where it has another one.
         """
+        return _version(self._put(key, data, "create" if version is None else version))
+
+    def _put(self, key: str, data: Bytes, mode: Any) -> Any:
+        """Put an object in one request; raises `ConflictError` where that has a condition that does not hold."""
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         with self._asking(key, large=len(data) > SMALL_BYTES) as store:
             try:
-                return _version(_obstore().put(store, key, data, mode="create" if version is None else version))
+                return _obstore().put(store, key, data, mode=mode, use_multipart=False)
             except (AlreadyExistsError, PreconditionError) as error:
                 raise ConflictError(key) from error
-            except FileNotFoundError as error:
+            except FileNotFoundError as error:  # no such bucket
                 raise self._refused(key, error) from error
 
     def delete(self, key: str) -> None:
@@ -281,7 +279,6 @@ def _obstore() -> Any:
 @cache
 def _client(url: str, timeout_s: float) -> Any:
     """A client for a URL, shared by all: it keeps connections open."""
-    _obstore()
     from obstore.store import from_url
 
     scheme = url.partition("://")[0]

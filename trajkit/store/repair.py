@@ -21,7 +21,7 @@ from ..errors import DamagedRunError, RunLockedError
 from ..layout import ParameterLayout
 from .arrays import VerifiedReader, encode
 from .commit import CommitRecord
-from .damage import Damage, Mark, mark_key
+from .damage import Damage, Mark, mark_key, move_aside
 from .examination import Examination, Progress, examine, expected_documents, require_run
 from .format import ASIDE, BAD, EPOCH, FITS, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, WEIGHTS
 from .place import Lock, Objects, PathLike, objects_at
@@ -74,7 +74,8 @@ class _Repairer:
 
     def __init__(self, objects: Objects, lock: Lock, found: Examination, layout: ParameterLayout) -> None:
         self._objects, self._lock, self._found, self._layout = objects, lock, found, layout
-        self._aside = f"{ASIDE}/{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
+        self._folder = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
+        self._aside = f"{ASIDE}/{self._folder}"
         self._damaged = {damage.key: damage for damage in found.damages}
 
     def repair(self) -> Iterator[str]:
@@ -227,8 +228,7 @@ class _Repairer:
 
     def _move_aside(self, key: str) -> None:
         self._require_held()
-        if self._objects.exists(key):
-            self._objects.move(key, f"{self._aside}/{key}")
+        move_aside(self._objects, key, self._folder)
 
 
 def _encoded(path: str, document: Mapping[str, Any], region: tuple[slice, ...], values: NDArray[Any]) -> bytes:

@@ -10,8 +10,10 @@ from typing import Literal, get_args
 import numpy as np
 
 from ..errors import InputError
+from .archive import row_of
 from .damage import Damage
 from .examination import Examination, Progress, examine
+from .format import FITS
 from .place import PathLike, objects_at
 
 Level = Literal["fast", "sampled", "full"]
@@ -83,5 +85,5 @@ def _chosen(examination: Examination, level: Level) -> list[str]:
     return [
         key
         for key, drawn in zip(sound, chance, strict=True)
-        if drawn < SAMPLED_SHARE or examination.owners[key].row in ends
+        if drawn < SAMPLED_SHARE or key.startswith(f"{FITS}/") or row_of(key) in ends
     ]

@@ -22,9 +22,8 @@ from ..layout import ParameterLayout, require_same_layout
 from .archive import committed_documents, place_of, read_all_records
 from .arrays import store, with_rows
 from .commit import CommitRecord, LostRecord, StoredObject
-from .damage import mark_key, read_marks
+from .damage import mark_key, move_aside, read_marks
 from .format import (
-    ASIDE,
     BUFFERS,
     COMMITS,
     EPOCH,
@@ -134,8 +133,7 @@ class ArchiveWriter:
             _require_vectors(layout, values, where)
             self._whole = False
             record = self._write(layout, values, probe_index)
-            if not self._lock.confirmed:
-                self._require_held()
+            self._require_lock(self._lock.confirmed)
             self._commit(record)
             self.records, self.layout = (*self.records, record), layout
             # The epoch is recorded. Where its shapes cannot grow now (a full disk), the next append makes up for it.
@@ -175,11 +173,9 @@ class ArchiveWriter:
             damaged = tuple(key for key in contents if not self._is_sound(key, record.objects[key]))
             for key in damaged:
                 self._require_held()
-                if self._objects.exists(key):
-                    self._objects.move(key, f"{ASIDE}/{self._writer}/{key}")
+                move_aside(self._objects, key, self._writer)
                 self._objects.create_atomically(key, contents[key])
-            if self._objects.exists(mark_key(record.row)):
-                self._objects.move(mark_key(record.row), f"{ASIDE}/{self._writer}/{mark_key(record.row)}")
+            move_aside(self._objects, mark_key(record.row), self._writer)
             self._objects.sync_names()
             return damaged
 
@@ -297,7 +293,10 @@ class ArchiveWriter:
         self._objects.delete(LAYOUT_COPY)
 
     def _require_held(self) -> None:
-        if not (self._lock.held or self._lock.confirmed):  # nobody may have wanted a lease that ran out
+        self._require_lock(self._lock.held or self._lock.confirmed)  # nobody may have wanted a lease that ran out
+
+    def _require_lock(self, ours: bool) -> None:
+        if not ours:
             raise InputError(
                 f"{self._objects.root}: the writer is closed, or has lost the run to another, or belongs to the process"
                 " that this one was forked from; record with a new one"
