@@ -43,7 +43,6 @@ def no_sync_after_the_commit(patch: pytest.MonkeyPatch) -> None:
             create(self, key, data)
 
     patch.setattr(LocalObjects, "create_atomically", create_atomically)
-    patch.setattr(ArchiveWriter, "_grow", lambda _: None)  # its sync would cover it
 
 
 def commit_before_data(patch: pytest.MonkeyPatch) -> None:
@@ -60,16 +59,13 @@ def commit_before_data(patch: pytest.MonkeyPatch) -> None:
 
 
 def grow_before_the_commit(patch: pytest.MonkeyPatch) -> None:
-    write = ArchiveWriter._write
+    commit = ArchiveWriter._commit
 
-    def grown(self: ArchiveWriter, *arguments: Any) -> CommitRecord:
-        record = write(self, *arguments)
-        self.records = (*self.records, record)
-        self._grow()
-        self.records = self.records[:-1]
-        return record
+    def grown(self: ArchiveWriter, record: CommitRecord, data: bytes) -> None:
+        self._grow(self._grown(record.row + 1))
+        commit(self, record, data)
 
-    patch.setattr(ArchiveWriter, "_write", grown)
+    patch.setattr(ArchiveWriter, "_commit", grown)
 
 
 def write_in_place(patch: pytest.MonkeyPatch) -> None:

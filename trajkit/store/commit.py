@@ -54,7 +54,9 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """One recorded epoch. `seconds` is the wall time that writing it took, `recorded_at` is ISO 8601 in UTC."""
+    """One recorded epoch. `recorded_at` is ISO 8601 in UTC, `seconds` the wall time that writing its objects took,
+    without the wait for the disk.
+    """
 
     row: int
     epoch: int
@@ -129,7 +131,7 @@ def _record_of(objects: Objects, row: int, mark: Mark | None) -> tuple[CommitRec
     """A row's record and its hash, or what is wrong with it."""
     try:
         return _decode(objects, row)
-    except (ValueError, TypeError) as error:  # TypeError: a field that is not ours
+    except (ValueError, TypeError, DamagedRunError) as error:  # TypeError: a field that is not ours
         if mark is not None and mark.layout is not None:
             return LostRecord.of(mark), None
         missing = not objects.exists(commit_key(row))

@@ -44,9 +44,8 @@ def require_sound(objects: Objects, found: Iterable[Sound | Damage]) -> Iterator
 
 
 def move_aside(objects: Objects, key: str, folder: str) -> None:
-    """Move an object, if there is one, to ``epoch/aside/<folder>``."""
-    if objects.exists(key):
-        objects.move(key, f"{ASIDE}/{folder}/{key}")
+    """Move what is in the place of an object, if anything is, to ``epoch/aside/<folder>``."""
+    objects.move(key, f"{ASIDE}/{folder}/{key}")
 
 
 @dataclass(frozen=True)

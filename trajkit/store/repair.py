@@ -20,7 +20,7 @@ from ..digest import canonical_json, digest
 from ..errors import DamagedRunError, RunLockedError
 from ..layout import ParameterLayout
 from .arrays import VerifiedReader, encode
-from .commit import CommitRecord
+from .commit import CommitRecord, LostRecord
 from .damage import Damage, Mark, mark_key, move_aside
 from .examination import Examination, Progress, examine, expected_documents, require_run
 from .format import ASIDE, BAD, EPOCH, FITS, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, WEIGHTS
@@ -33,11 +33,15 @@ from .writer import WRITER
 
 @dataclass(frozen=True)
 class Repair:
-    """What `repair` has done. `bad_epochs` are marked as bad now; `damages` are those of them, and what has no cure."""
+    """What `repair` has done. `bad_epochs` of the `epochs` are marked as bad now, and of these the commit records of
+    `lost_epochs` are lost; `damages` are those of them, and what has no cure.
+    """
 
     run: Path | str
     actions: tuple[str, ...]
+    epochs: int
     bad_epochs: tuple[int, ...]
+    lost_epochs: tuple[int, ...]
     damages: tuple[Damage, ...]
 
 
@@ -64,7 +68,14 @@ def repair(place: PathLike, progress: Progress | None = None) -> Repair:
         after = examine(objects, alone=True)
         known = {damage.key for damage in after.damages}
         left = [damage for damage in found.damages if damage.row in after.marks and damage.key not in known]
-        return Repair(objects.root, tuple(actions), after.bad_epochs, (*after.damages, *left))
+        return Repair(
+            run=objects.root,
+            actions=tuple(actions),
+            epochs=len(after.records),
+            bad_epochs=after.bad_epochs,
+            lost_epochs=tuple(record.epoch for record in after.records if isinstance(record, LostRecord)),
+            damages=(*after.damages, *left),
+        )
     finally:
         lock.release()
 
@@ -177,7 +188,7 @@ class _Repairer:
             label = int.from_bytes(stored[:-CHECKSUM_BYTES], "little", signed=True)
             if low <= label <= high and len(stored) == 8 + CHECKSUM_BYTES:
                 return label
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedRunError):
             pass
         return low if before is not None else high if after is not None else row
 

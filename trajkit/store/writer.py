@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..digest import canonical_json
-from ..errors import InputError, PathExistsError, RunLockedError
+from ..errors import DamagedRunError, InputError, PathExistsError, RunLockedError
 from ..layout import ParameterLayout, require_same_layout
 from .archive import committed_documents, place_of, read_all_records
 from .arrays import store, with_rows
@@ -40,13 +40,13 @@ from .format import (
     group_document,
     saves_enough,
 )
-from .objects import DamagedObjectError
 from .place import Objects, PathLike, is_url, objects_at
 from .root import (
     layout_of_root,
     read_document,
     require_readable,
     root_document,
+    spelled,
     with_arrays,
     write_documents,
 )
@@ -63,6 +63,15 @@ class EpochValues:
     weights: NDArray[np.float32]
     buffers: Mapping[str, NDArray[Any]]
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """The metadata of an archive with more epochs, and the objects that it is written as."""
+
+    root: dict[str, Any]
+    documents: dict[str, dict[str, Any]]
+    contents: dict[str, bytes]
 
 
 class ArchiveWriter:
@@ -102,6 +111,8 @@ class ArchiveWriter:
 
     def close(self) -> None:
         """Let the next writer in."""
+        with contextlib.suppress(OSError):  # what shows the epochs to plain Zarr; they are safe already
+            self._objects.sync_names()
         self._lock.release()
 
     def require_next(self, epoch: int) -> None:
@@ -133,12 +144,17 @@ class ArchiveWriter:
             _require_vectors(layout, values, where)
             self._whole = False
             record = self._write(layout, values, probe_index)
+            data = require_readable(record.to_bytes(), where)
+            grown = self._grown(record.row + 1)
+            self._objects.stage({commit_key(record.row): data} | grown.contents)
+            self._objects.sync_names()
             self._require_lock(self._lock.confirmed)
-            self._commit(record)
+            self._commit(record, data)
             self.records, self.layout = (*self.records, record), layout
             # The epoch is recorded. Where its shapes cannot grow now (a full disk), the next append makes up for it.
+            # Nobody waits until they have reached the disk: whoever opens the run after a power cut grows them again.
             with contextlib.suppress(OSError):
-                self._grow()
+                self._grow(grown)
                 self._whole = True
             return record
 
@@ -182,22 +198,22 @@ class ArchiveWriter:
     def _is_sound(self, key: str, stored: StoredObject) -> bool:
         try:
             self._objects.sound_file(key, stored.length, stored.hash)
-        except DamagedObjectError:
+        except DamagedRunError:
             return False
         return True
 
-    def _commit(self, record: CommitRecord) -> None:
+    def _commit(self, record: CommitRecord, data: bytes) -> None:
         """Put the record where there is none; raises `RunLockedError` where somebody has taken the archive over."""
         where = f"{self._objects.root}: epoch {record.epoch}"
         try:
-            self._objects.create_atomically(commit_key(record.row), require_readable(record.to_bytes(), where))
+            self._objects.create_atomically(commit_key(record.row), data)
         except FileExistsError as error:
             raise RunLockedError(f"{where}: another writer has recorded one here; open the run again") from error
         if not self._lock.confirmed:
             raise RunLockedError(f"{where}: another writer has taken the run over; open it again")
 
     def _write(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> CommitRecord:
-        """All that comes before the commit point: the objects, unseen, and the record that will name them."""
+        """Write the objects of an epoch, which nobody sees yet; the record that will name them."""
         began = time.perf_counter()
         row = len(self.records)
         written: dict[str, StoredObject] = {}
@@ -207,7 +223,6 @@ class ArchiveWriter:
         if row == 0:
             self._objects.sync_names()
             write_documents(self._objects, {"": with_arrays(self._root, self._documents)})
-        self._objects.sync_names()
         return CommitRecord(
             row=row,
             epoch=values.epoch,
@@ -251,9 +266,8 @@ class ArchiveWriter:
         written |= store(write, EPOCH, grown[EPOCH], (here,), np.array([values.epoch]))
         return written
 
-    def _grow(self) -> None:
-        """Make the shapes say what is committed."""
-        rows = len(self.records)
+    def _grown(self, rows: int) -> _Grown:
+        """The metadata that shows `rows` epochs; `contents` has of it what is not written so already."""
         grown = {
             path: with_rows(document, rows)
             for path, document in self._documents.items()
@@ -261,9 +275,12 @@ class ArchiveWriter:
         }
         documents = self._documents | grown
         root = with_arrays(self._root, documents)
-        write_documents(self._objects, grown | ({"": root} if root != self._root else {}))
-        self._documents, self._root = documents, root
-        self._objects.sync_names()
+        return _Grown(root, documents, spelled(grown | ({"": root} if root != self._root else {})))
+
+    def _grow(self, grown: _Grown) -> None:
+        """Make the shapes say what is committed."""
+        self._objects.replace(grown.contents)
+        self._documents, self._root = grown.documents, grown.root
 
     def _make_whole(self) -> None:
         self.records = read_all_records(self._objects, read_marks(self._objects))
@@ -278,7 +295,7 @@ class ArchiveWriter:
                     if row.isdecimal() and int(row) >= len(self.records):
                         self._objects.delete_tree(f"{path}/c/{row}")
                         self._objects.delete(f"{path}/c/{row}")
-            self._grow()
+            self._grow(self._grown(len(self.records)))
         # After a crash nobody knows which names had reached the disk; before the first commit, not even the run's own.
         above = self._objects.above
         self._objects.sync_names(*(above[:1] if self.records else above), "", EPOCH, COMMITS)
