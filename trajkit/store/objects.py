@@ -9,12 +9,12 @@ import stat
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..digest import digest_of_file
 from ..errors import DamagedRunError
+from .disk import begin_writing_out, fsync
 from .format import LOCKS, TEMPORARY
 from .lock import WriterLock, is_locked
 
@@ -25,9 +25,6 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 DAMAGED_DISK = (errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN)
 """What a file system says of a file that it cannot give back."""
-
-# The disk takes several together.
-SYNCS_AT_A_TIME = 8
 
 
 class DamagedObjectError(DamagedRunError):
@@ -291,15 +288,10 @@ class LocalObjects:
             self._unsynced.update(paths)
 
     def _sync(self, paths: Iterable[Path]) -> None:
-        """Bring files and folders to the disk, several at a time: what waits together is written together."""
-        ordered = sorted(paths, key=lambda path: (-len(path.parts), path))
-        if not self.fsync:
-            return
-        if len(ordered) == 1:
-            _fsync(ordered[0])
-        elif ordered:
-            with ThreadPoolExecutor(SYNCS_AT_A_TIME) as pool:
-                list(pool.map(_fsync, ordered))
+        """Bring files and folders to the disk, inner ones first: what is written out already takes no time."""
+        if self.fsync:
+            for path in sorted(paths, key=lambda path: (-len(path.parts), path)):
+                fsync(path)
 
     def _ready_to_appear(self, contents: Mapping[str, Bytes]) -> dict[str, Path]:
         """Temporary files with these contents, by key, staged before or new; they have reached the disk."""
@@ -328,6 +320,8 @@ class LocalObjects:
                 view = memoryview(part)
                 while view:
                     view = view[os.write(descriptor, view) :]
+            if self.fsync:
+                begin_writing_out(descriptor)
         except OSError as error:
             error.filename = str(path)
             raise
@@ -381,14 +375,3 @@ def _folders(top: Path) -> list[tuple[str, list[str]]]:
 def _require_no_folder(target: Path) -> None:
     if target.is_dir():
         raise DamagedRunError(f"{target}: a folder, expected a file or nothing; remove it")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        os.close(descriptor)
