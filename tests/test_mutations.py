@@ -34,6 +34,17 @@ def no_sync_of_blocks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalObjects, "sync", lambda *_: None)
 
 
+def no_sync_of_what_is_staged(patch: pytest.MonkeyPatch) -> None:
+    stage = LocalObjects.stage
+
+    def staged(self: LocalObjects, contents: Mapping[str, bytes]) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(LocalObjects, "_remember", lambda *_: None)
+            stage(self, contents)
+
+    patch.setattr(LocalObjects, "stage", staged)
+
+
 def no_sync_after_the_commit(patch: pytest.MonkeyPatch) -> None:
     create = LocalObjects.create_atomically
 
@@ -151,6 +162,8 @@ CAUGHT_BY_POWER_CUTS = [
     (no_sync_of_names, "create"),
     (no_sync_of_names, "fit"),
     (no_sync_of_names, "evaluate"),
+    (no_sync_of_what_is_staged, "record"),
+    (no_sync_of_what_is_staged, "create"),
     (no_sync_of_blocks, "fit"),
     (no_sync_of_blocks, "update"),
     (no_sync_after_the_commit, "record"),
