@@ -331,7 +331,7 @@ def test_a_writer_whose_lease_somebody_deletes_acknowledges_nothing(url: str, bu
     with RunWriter(url) as writer:
         append(writer, 0)
         bucket.Object("runs/first/epoch/locks/writer").delete()
-        with pytest.raises((InputError, RunLockedError), match="has lost the run to another|has taken the run over"):
+        with pytest.raises((InputError, RunLockedError), match=r"has lost the run to another|has taken the run over"):
             append(writer, 1)
     assert_whole(url, 1)
     record(url, 3)
