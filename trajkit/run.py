@@ -19,6 +19,7 @@ from .store.archive import Archive
 from .store.evaluations import Evaluation, read_evaluations
 from .store.fits import fit_names, open_fit
 from .store.format import PROBE, WEIGHTS, buffer_path
+from .store.pieces import WeightSource as WeightSource
 from .store.place import PathLike as PathLike
 from .store.probe import draw_probe
 from .store.writer import EpochValues, open_writer
@@ -228,20 +229,22 @@ class RunWriter:
         self,
         layout: ParameterLayout,
         epoch: int,
-        weights: NDArray[np.float32],
+        weights: WeightSource,
         buffers: Mapping[str, NDArray[Any]],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Record one epoch: `weights` (N,) and `buffers`, stored dtype -> (size,), as `layout` places them.
 
+        `weights` are a float32 array, or anything with a `size` and slices that are such arrays: slices are asked for
+        from left to right, each once and of at most 64 MiB, so that a large model need never be in memory as a whole.
+
         The epoch is recorded when this returns. Raises `LayoutError` where `layout` is not the run's, and
         `InputError` for an epoch that is not later than the last one, or for NaN or infinite weights.
         """
         label = self.require_next(epoch)
-        if self._nonfinite == "raise":
-            _require_finite(layout, weights, f"{self.path}: epoch {label}")
+        values = EpochValues(label, weights, buffers, _plain(metrics or {}), self._nonfinite == "raise")
         probe_index = draw_probe(layout) if self.layout is None else self._probe_index
-        self._writer.append(layout, EpochValues(label, weights, buffers, _plain(metrics or {})), probe_index)
+        self._writer.append(layout, values, probe_index)
 
     @property
     def healable_epochs(self) -> tuple[int, ...]:
@@ -252,7 +255,7 @@ class RunWriter:
         self,
         layout: ParameterLayout,
         epoch: int,
-        weights: NDArray[np.float32],
+        weights: WeightSource,
         buffers: Mapping[str, NDArray[Any]],
     ) -> tuple[str, ...]:
         """Put back the damaged objects of a bad epoch from its values, as for `append`; their keys.
@@ -276,18 +279,6 @@ def _label(epoch: Any) -> int:
     if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
         raise InputError(f"epoch is {epoch!r}, expected an integer; pass the number of the epoch")
     return int(epoch)
-
-
-def _require_finite(layout: ParameterLayout, weights: NDArray[np.float32], where: str) -> None:
-    finite = np.isfinite(weights)
-    if finite.all():
-        return
-    first = int(np.argmin(finite))
-    raise InputError(
-        f"{where}: '{layout.weight_at(first)}' has {weights[first]}, {weights.size - int(finite.sum())} of"
-        f" {weights.size} weights are not finite, expected finite weights; record with nonfinite='record'"
-        " (--nonfinite record) to keep them"
-    )
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -23,9 +23,9 @@ float32, where they are exact.
 
 **Chunks.** No stored object holds two epochs. A chunk is (1, c) with c of about 128 Ki values, one chunk when N is
 smaller; where there are several, c is a multiple of 8192 and 128 chunks at most, 64 MiB, form a shard (1, s·c).
-Codecs: little-endian bytes; zstd level 1 where it saves at least 15 % on the first epoch (bfloat16 weights do);
-crc32c last. Fill value NaN for floats; chunks equal to the fill value are written all the same, so that an object
-that is missing is always damage.
+Codecs: little-endian bytes; zstd level 1 where it saves at least 15 % on the first object of the first epoch (bfloat16
+weights do); crc32c last. Fill value NaN for floats; chunks equal to the fill value are written all the same, so that an
+object that is missing is always damage.
 
 **Commit.** What `append` acknowledges is a commit record, ``epoch/commits/<row, 8 digits>.json``: the JSON object
 ``{"record": {…}, "blake3": hash of the canonical record}``. It names every object of the row with its length and
@@ -225,10 +225,10 @@ def _number(spelled: Any) -> float:
     return float(require_kind(spelled, int | float | str, "a metric"))
 
 
-def saves_enough(first_epoch: NDArray[np.float32]) -> bool:
-    """Whether zstd level 1 saves at least 15 % on a first epoch (N,), judged on up to 8 pieces spread over it."""
-    starts = np.linspace(0, max(first_epoch.size - CHUNK_VALUES, 0), 8).astype(np.int64)
-    pieces = [first_epoch[start : start + CHUNK_VALUES] for start in np.unique(starts)]
+def saves_enough(first_object: NDArray[np.float32]) -> bool:
+    """Whether zstd level 1 saves at least 15 % on a first epoch, judged on up to 8 pieces of its first object (n,)."""
+    starts = np.linspace(0, max(first_object.size - CHUNK_VALUES, 0), 8).astype(np.int64)
+    pieces = [first_object[start : start + CHUNK_VALUES] for start in np.unique(starts)]
     codec = Zstd(level=1)
     compressed = sum(len(codec.encode(np.ascontiguousarray(piece))) for piece in pieces)
     return compressed <= 0.85 * sum(piece.nbytes for piece in pieces)

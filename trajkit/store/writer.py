@@ -35,11 +35,11 @@ from .format import (
     WEIGHTS,
     all_arrays,
     buffer_path,
-    chunk_rule,
     commit_key,
     group_document,
     saves_enough,
 )
+from .pieces import PassingWeights, WeightSource
 from .place import Objects, PathLike, is_url, objects_at
 from .root import (
     layout_of_root,
@@ -57,12 +57,16 @@ WRITER = "writer"
 
 @dataclass(frozen=True)
 class EpochValues:
-    """What is recorded of one epoch: `weights` (N,) float32, `buffers` stored dtype -> (size,), and its metrics."""
+    """What is recorded of one epoch: `weights` (N,) float32, `buffers` stored dtype -> (size,), and its metrics.
+
+    With `finite`, NaN and infinite weights are refused.
+    """
 
     epoch: int
-    weights: NDArray[np.float32]
+    weights: WeightSource
     buffers: Mapping[str, NDArray[Any]]
     metrics: Mapping[str, float]
+    finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,10 @@ class ArchiveWriter:
             where = f"{self._objects.root}: epoch {values.epoch}"
             if self.layout is not None:
                 require_same_layout(layout, self.layout, where)
-            _require_vectors(layout, values, where)
+            weights = PassingWeights(layout, values.weights, probe_index, where, values.finite)
+            _require_buffers(layout, values.buffers, where)
             self._whole = False
-            record = self._write(layout, values, probe_index)
+            record = self._write(layout, values, weights)
             data = require_readable(record.to_bytes(), where)
             grown = self._grown(record.row + 1)
             self._objects.stage({commit_key(record.row): data} | grown.contents)
@@ -161,7 +166,8 @@ class ArchiveWriter:
     def heal(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> tuple[str, ...]:
         """Put back the damaged objects of a recorded epoch, which `values` must give bit for bit; their keys.
 
-        Raises `InputError` where the values are others than were recorded, or nothing says what was.
+        Raises `InputError` where the values are others than were recorded, or nothing says what was. Objects that come
+        before the first other value are back in place then, as they were committed.
         """
         with self._one_at_a_time:
             self._require_held()
@@ -173,27 +179,27 @@ class ArchiveWriter:
                     " restore the record from a copy, or record into a new run"
                 )
             require_same_layout(layout, self.layout, where)
-            _require_vectors(layout, values, where)
-            contents: dict[str, bytes] = {}
+            weights = PassingWeights(layout, values.weights, probe_index, where)
+            _require_buffers(layout, values.buffers, where)
+            healed: list[str] = []
 
-            def keep(key: str, *parts: bytes | memoryview) -> None:
-                contents[key] = b"".join(parts)
-
-            for key, made in self._store_row(keep, record.row, values, probe_index).items():
-                if made != record.objects[key]:
+            def put_back(key: str, *parts: bytes | memoryview) -> None:
+                if StoredObject.of(*parts) != record.objects[key]:
                     place = place_of(key, layout, lambda _: values.epoch)
                     raise InputError(
                         f"{self._objects.root}: {place}the values are not those that were recorded as object {key};"
                         " give the checkpoint of this epoch"
                     )
-            damaged = tuple(key for key in contents if not self._is_sound(key, record.objects[key]))
-            for key in damaged:
-                self._require_held()
-                move_aside(self._objects, key, self._writer)
-                self._objects.create_atomically(key, contents[key])
+                if not self._is_sound(key, record.objects[key]):
+                    self._require_held()
+                    move_aside(self._objects, key, self._writer)
+                    self._objects.create_atomically(key, b"".join(parts))
+                    healed.append(key)
+
+            self._store_row(put_back, record.row, values, weights)
             move_aside(self._objects, mark_key(record.row), self._writer)
             self._objects.sync_names()
-            return damaged
+            return tuple(healed)
 
     def _is_sound(self, key: str, stored: StoredObject) -> bool:
         try:
@@ -212,14 +218,14 @@ class ArchiveWriter:
         if not self._lock.confirmed:
             raise RunLockedError(f"{where}: another writer has taken the run over; open it again")
 
-    def _write(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> CommitRecord:
+    def _write(self, layout: ParameterLayout, values: EpochValues, weights: PassingWeights) -> CommitRecord:
         """Write the objects of an epoch, which nobody sees yet; the record that will name them."""
         began = time.perf_counter()
         row = len(self.records)
         written: dict[str, StoredObject] = {}
         if row == 0:
-            self._create_arrays(layout, values.weights, probe_index, written)
-        written |= self._store_row(self._objects.create, row, values, probe_index)
+            self._create_arrays(layout, weights, written)
+        written |= self._store_row(self._objects.create, row, values, weights)
         if row == 0:
             self._objects.sync_names()
             write_documents(self._objects, {"": with_arrays(self._root, self._documents)})
@@ -236,30 +242,26 @@ class ArchiveWriter:
         )
 
     def _create_arrays(
-        self,
-        layout: ParameterLayout,
-        weights: NDArray[np.float32],
-        probe_index: NDArray[np.int64],
-        written: dict[str, StoredObject],
+        self, layout: ParameterLayout, weights: PassingWeights, written: dict[str, StoredObject]
     ) -> None:
+        probe_index = weights.probe_index
         self._root = root_document(layout)
-        self._documents = all_arrays(layout, probe_index.size, zstd=saves_enough(weights))
+        self._documents = all_arrays(layout, probe_index.size, zstd=saves_enough(weights.peek()))
         groups = {BUFFERS: group_document()} if layout.buffer_sizes else {}
         self._objects.replace({LAYOUT_COPY: canonical_json(layout.to_json())})
         write_documents(self._objects, groups | self._documents)
         written |= store(self._objects.create, PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index)
 
     def _store_row(
-        self, write: Callable[..., None], row: int, values: EpochValues, probe_index: NDArray[np.int64]
+        self, write: Callable[..., None], row: int, values: EpochValues, weights: PassingWeights
     ) -> dict[str, StoredObject]:
         """Store a row of every array that has them, see `store`."""
         written: dict[str, StoredObject] = {}
-        weights = values.weights
         here = slice(row, row + 1)
         grown = {path: with_rows(document, row + 1) for path, document in self._documents.items()}
-        for columns in chunk_rule(weights.size).objects():
-            written |= store(write, WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns])
-        written |= store(write, PROBE, grown[PROBE], (here, slice(None)), weights[None, probe_index])
+        for columns, piece in weights:
+            written |= store(write, WEIGHTS, grown[WEIGHTS], (here, columns), piece[None])
+        written |= store(write, PROBE, grown[PROBE], (here, slice(None)), weights.probe[None])
         for dtype, vector in values.buffers.items():
             path = buffer_path(dtype)
             written |= store(write, path, grown[path], (here, slice(None)), vector[None])
@@ -331,18 +333,15 @@ class ArchiveWriter:
             )
 
 
-def _require_vectors(layout: ParameterLayout, values: EpochValues, where: str) -> None:
-    """Raise `InputError` unless the vectors are exactly those that the layout places."""
-    expected = {"weights": ("float32", (layout.n_weights,))}
-    expected |= {dtype: (dtype, (size,)) for dtype, size in layout.buffer_sizes.items()}
-    given = {"weights": values.weights, **values.buffers}
-    found = {name: (str(vector.dtype), vector.shape) for name, vector in given.items()}
+def _require_buffers(layout: ParameterLayout, buffers: Mapping[str, NDArray[Any]], where: str) -> None:
+    """Raise `InputError` unless the buffers are exactly those that the layout places."""
+    expected = {dtype: (dtype, (size,)) for dtype, size in layout.buffer_sizes.items()}
+    found = {dtype: (str(vector.dtype), vector.shape) for dtype, vector in buffers.items()}
     for name in expected.keys() | found.keys():
         if found.get(name) != expected.get(name):
-            what = "weights" if name == "weights" else f"buffers['{name}']"
             raise InputError(
-                f"{where}: {what} is {found.get(name, 'missing')}, the layout asks for {expected.get(name, 'none')};"
-                " pass the vectors that the layout places"
+                f"{where}: buffers['{name}'] is {found.get(name, 'missing')}, the layout asks for"
+                f" {expected.get(name, 'none')}; pass the vectors that the layout places"
             )
 
 
