@@ -73,6 +73,12 @@ class Run:
         """(E,) recorded labels, rising."""
         return np.array([record.epoch for record in self.archive.records], dtype=np.int64)
 
+    @cached_property
+    def steps(self) -> NDArray[np.int64] | None:
+        """(E,) the training's step at each epoch, rising; None where the run was recorded without steps."""
+        steps = [record.step for record in self.archive.records if record.step is not None]
+        return np.array(steps, dtype=np.int64) if steps else None
+
     @property
     def bad_epochs(self) -> tuple[int, ...]:
         """Epochs that `repair` has found damaged, rising; what takes all epochs leaves them out."""
@@ -110,7 +116,7 @@ class Run:
             return np.array([row for row in range(len(self.epochs)) if row not in self.archive.marks], dtype=np.int64)
         if isinstance(epochs, str) or not isinstance(epochs, Iterable):
             raise InputError(f"epochs is {epochs!r}, expected several integers; pass a list or a range")
-        rows = np.array(sorted(self.row_of(_label(epoch)) for epoch in epochs), dtype=np.int64)
+        rows = np.array(sorted(self.row_of(_label(epoch, "epoch")) for epoch in epochs), dtype=np.int64)
         if np.any(np.diff(rows) == 0):
             twice = self.epochs[rows[:-1][np.diff(rows) == 0][0]]
             raise InputError(f"epoch {twice} is named twice, expected each once; name it once")
@@ -232,17 +238,21 @@ class RunWriter:
         weights: WeightSource,
         buffers: Mapping[str, NDArray[Any]],
         metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
     ) -> None:
         """Record one epoch: `weights` (N,) and `buffers`, stored dtype -> (size,), as `layout` places them.
 
         `weights` are a float32 array, or anything with a `size` and slices that are such arrays: slices are asked for
         from left to right, each once and of at most 64 MiB, so that a large model need never be in memory as a whole.
 
+        `step` is the training's global step, a second label: every epoch of a run has one, or none has.
+
         The epoch is recorded when this returns. Raises `LayoutError` where `layout` is not the run's, and
-        `InputError` for an epoch that is not later than the last one, or for NaN or infinite weights.
+        `InputError` for an epoch or a step that is not later than the last one, or for NaN or infinite weights.
         """
         label = self.require_next(epoch)
-        values = EpochValues(label, weights, buffers, _plain(metrics or {}), self._nonfinite == "raise")
+        step = self.require_step(label, step)
+        values = EpochValues(label, weights, buffers, _plain(metrics or {}), step, self._nonfinite == "raise")
         probe_index = draw_probe(layout) if self.layout is None else self._probe_index
         self._writer.append(layout, values, probe_index)
 
@@ -262,23 +272,29 @@ class RunWriter:
 
         Raises `InputError` unless the values are bit for bit those that were recorded.
         """
-        return self._writer.heal(layout, EpochValues(_label(epoch), weights, buffers, {}), self._probe_index)
+        return self._writer.heal(layout, EpochValues(_label(epoch, "epoch"), weights, buffers, {}), self._probe_index)
 
     def require_next(self, epoch: int) -> int:
         """`epoch` as an integer, if it can be recorded next; raises `InputError`."""
-        label = _label(epoch)
+        label = _label(epoch, "epoch")
         self._writer.require_next(label)
         return label
+
+    def require_step(self, epoch: int, step: int | None) -> int | None:
+        """`step` as an integer, if it can be that of the next `epoch`; raises `InputError`."""
+        step = None if step is None else _label(step, "step")
+        self._writer.require_step(epoch, step)
+        return step
 
     @cached_property
     def _probe_index(self) -> NDArray[np.int64]:
         return open_run(self.path).probe_index
 
 
-def _label(epoch: Any) -> int:
-    if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
-        raise InputError(f"epoch is {epoch!r}, expected an integer; pass the number of the epoch")
-    return int(epoch)
+def _label(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(f"{what} is {value!r}, expected an integer; pass the number of the {what}")
+    return int(value)
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -263,7 +263,7 @@ def _documents_for(record: CommitRecord, layout: ParameterLayout) -> dict[str, d
     if not 1 <= n_probe <= layout.n_weights:
         raise ValueError(f"it has {n_probe} probe weights")
     for zstd in (False, True):
-        documents = all_with_rows(all_arrays(layout, n_probe, zstd), record.row + 1)
+        documents = all_with_rows(all_arrays(layout, n_probe, zstd, record.step is not None), record.row + 1)
         try:
             require_objects(record.objects, parts_of_row(documents, record.row))
             return documents

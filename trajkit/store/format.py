@@ -10,6 +10,8 @@ node                  dtype      dimensions          content
                                                      consolidated metadata of the arrays
 ``weights``           float32    (epoch, weight)     the flat weight vectors
 ``epoch``             int64      (epoch)             the recorded labels, strictly rising; the coordinate
+``step``              int64      (epoch)             the training's global step at each, strictly rising; only where
+                                                     every epoch was recorded with one
 ``probe``             float32    (epoch, probe_weight) the values of the probe weights once more
 ``probe_index``       int64      (probe_weight)      their indices in the flat vector, rising
 ``buffers/<dtype>``   <dtype>    (epoch, <dtype>)    the buffers of one stored dtype, exactly
@@ -29,12 +31,12 @@ object that is missing is always damage.
 
 **Commit.** What `append` acknowledges is a commit record, ``epoch/commits/<row, 8 digits>.json``: the JSON object
 ``{"record": {…}, "blake3": hash of the canonical record}``. It names every object of the row with its length and
-BLAKE3 hash, the epoch, its metrics, the layout's hash, the writer and the hash of the previous record; the first record
-also names the objects of ``probe_index``. A run has as many epochs as it has commit records without a gap; a shape in a
-``zarr.json`` may lag behind them by a crash, and never runs ahead. Zarr lists nothing below an array, so records, locks
-and temporary files (``epoch/tmp``) under ``epoch`` disturb no other reader. Nor does the second copy of the layout,
-``epoch/layout.json``, and what repair writes: marks of damaged epochs (``epoch/bad``) and what it moved out of the way
-(``epoch/aside``).
+BLAKE3 hash, the epoch, its step where the run has them, its metrics, the layout's hash, the writer and the hash of the
+previous record; the first record also names the objects of ``probe_index``. A run has as many epochs as it has commit
+records without a gap; a shape in a ``zarr.json`` may lag behind them by a crash, and never runs ahead. Zarr lists
+nothing below an array, so records, locks and temporary files (``epoch/tmp``) under ``epoch`` disturb no other reader.
+Nor does the second copy of the layout, ``epoch/layout.json``, and what repair writes: marks of damaged epochs
+(``epoch/bad``) and what it moved out of the way (``epoch/aside``).
 
 Order of writes: (1) the objects of the row, beyond the stored shapes and so invisible, and under temporary names what
 (3) and (4) will need; (2) fsync of files and directories, all together; (3) the commit record, created exclusively, and
@@ -51,13 +53,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from ..documents import require_kind, shown
+from ..documents import require_fields, require_kind, shown
 from ..errors import InputError
 from ..layout import ParameterLayout
 
@@ -66,6 +69,7 @@ ATTRIBUTE = "trajkit"
 
 WEIGHTS = "weights"
 EPOCH = "epoch"
+STEP = "step"
 PROBE = "probe"
 PROBE_INDEX = "probe_index"
 BUFFERS = "buffers"
@@ -172,7 +176,7 @@ def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
 
 
-def all_arrays(layout: ParameterLayout, n_probe: int, zstd: bool) -> dict[str, dict[str, Any]]:
+def all_arrays(layout: ParameterLayout, n_probe: int, zstd: bool, steps: bool = False) -> dict[str, dict[str, Any]]:
     """Every array of a run: path -> ``zarr.json`` with zero epochs. All but ``probe_index`` grow by a row an epoch."""
     chunking = chunk_rule(layout.n_weights)
     shard = (1, chunking.stored) if chunking.sharded else None
@@ -184,7 +188,8 @@ def all_arrays(layout: ParameterLayout, n_probe: int, zstd: bool) -> dict[str, d
     }
     for dtype, size in layout.buffer_sizes.items():
         arrays[buffer_path(dtype)] = array_document(dtype, (0, size), (1, size), (EPOCH, dtype))
-    arrays[EPOCH] = array_document("int64", (0,), (1,), (EPOCH,))
+    for label in (EPOCH, STEP) if steps else (EPOCH,):
+        arrays[label] = array_document("int64", (0,), (1,), (EPOCH,))
     arrays[PROBE_INDEX] = array_document("int64", (n_probe,), (n_probe,), ("probe_weight",))
     return arrays
 
@@ -207,6 +212,20 @@ def require_name(name: str, what: str) -> str:
             "; choose another name"
         )
     return name
+
+
+def spell_labelled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a commit record or a mark as they are stored: without a step where there is none."""
+    return {name: value for name, value in fields.items() if name != STEP or value is not None}
+
+
+def read_labelled(document: Any, kinds: Mapping[str, type | UnionType]) -> dict[str, Any]:
+    """The inverse of `spell_labelled`; raises `ValueError` unless fields are of their kinds, and labels of 64 bits."""
+    fields = require_fields(document, kinds)
+    for label in (EPOCH, STEP):
+        if label in fields and not -(2**63) <= require_kind(fields[label], int, f"'{label}'") < 2**63:
+            raise ValueError(f"{label} {fields[label]} is no 64-bit integer")
+    return fields
 
 
 def spell_metrics(metrics: Mapping[str, float]) -> dict[str, float | str]:

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from .format import (
     METADATA,
     PROBE,
     PROBE_INDEX,
+    STEP,
     WEIGHTS,
     all_arrays,
     buffer_path,
@@ -57,7 +58,7 @@ WRITER = "writer"
 
 @dataclass(frozen=True)
 class EpochValues:
-    """What is recorded of one epoch: `weights` (N,) float32, `buffers` stored dtype -> (size,), and its metrics.
+    """What is recorded of one epoch: `weights` (N,) float32, `buffers` stored dtype -> (size,), metrics, and a step.
 
     With `finite`, NaN and infinite weights are refused.
     """
@@ -66,6 +67,7 @@ class EpochValues:
     weights: WeightSource
     buffers: Mapping[str, NDArray[Any]]
     metrics: Mapping[str, float]
+    step: int | None = None
     finite: bool = False
 
 
@@ -131,6 +133,25 @@ class ArchiveWriter:
         if not -(2**63) <= epoch < 2**63:
             raise InputError(f"{self._objects.root}: epoch {epoch} is no 64-bit integer; number the epochs from 0")
 
+    def require_step(self, epoch: int, step: int | None) -> None:
+        """Raise `InputError` unless the step is a 64-bit integer after the last one, or None as all others."""
+        where, last = f"{self._objects.root}: epoch {epoch}", self.records[-1] if self.records else None
+        if step is not None and not -(2**63) <= step < 2**63:
+            raise InputError(f"{where}: step {step} is no 64-bit integer; count the steps of the training from 0")
+        if last is None or step is last.step is None:
+            return
+        if step is None:
+            raise InputError(f"{where} has no step, the epochs before it have one; pass the training's step")
+        if last.step is None:
+            raise InputError(
+                f"{where} has step {step}, the epochs before it have none; leave it out or record into a new run"
+            )
+        if step <= last.step:
+            raise InputError(
+                f"{where} has step {step}, expected one after {last.step}, that of epoch {last.epoch};"
+                " pass the training's step, which rises, or record into a new run"
+            )
+
     def append(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> CommitRecord:
         """Commit one epoch; `probe_index` (P,) are the weights of the probe, the same for every epoch.
 
@@ -142,6 +163,7 @@ class ArchiveWriter:
             if not self._whole:
                 self._make_whole()
             self.require_next(values.epoch)
+            self.require_step(values.epoch, values.step)
             where = f"{self._objects.root}: epoch {values.epoch}"
             if self.layout is not None:
                 require_same_layout(layout, self.layout, where)
@@ -196,7 +218,7 @@ class ArchiveWriter:
                     self._objects.create_atomically(key, b"".join(parts))
                     healed.append(key)
 
-            self._store_row(put_back, record.row, values, weights)
+            self._store_row(put_back, record.row, replace(values, step=record.step), weights)
             move_aside(self._objects, mark_key(record.row), self._writer)
             self._objects.sync_names()
             return tuple(healed)
@@ -224,7 +246,7 @@ class ArchiveWriter:
         row = len(self.records)
         written: dict[str, StoredObject] = {}
         if row == 0:
-            self._create_arrays(layout, weights, written)
+            self._create_arrays(layout, weights, values.step is not None, written)
         written |= self._store_row(self._objects.create, row, values, weights)
         if row == 0:
             self._objects.sync_names()
@@ -239,14 +261,15 @@ class ArchiveWriter:
             writer=self._writer,
             previous=self.records[-1].hash if row else None,
             objects=written,
+            step=values.step,
         )
 
     def _create_arrays(
-        self, layout: ParameterLayout, weights: PassingWeights, written: dict[str, StoredObject]
+        self, layout: ParameterLayout, weights: PassingWeights, steps: bool, written: dict[str, StoredObject]
     ) -> None:
         probe_index = weights.probe_index
         self._root = root_document(layout)
-        self._documents = all_arrays(layout, probe_index.size, zstd=saves_enough(weights.peek()))
+        self._documents = all_arrays(layout, probe_index.size, saves_enough(weights.peek()), steps)
         groups = {BUFFERS: group_document()} if layout.buffer_sizes else {}
         self._objects.replace({LAYOUT_COPY: canonical_json(layout.to_json())})
         write_documents(self._objects, groups | self._documents)
@@ -265,7 +288,9 @@ class ArchiveWriter:
         for dtype, vector in values.buffers.items():
             path = buffer_path(dtype)
             written |= store(write, path, grown[path], (here, slice(None)), vector[None])
-        written |= store(write, EPOCH, grown[EPOCH], (here,), np.array([values.epoch]))
+        for path, label in ((EPOCH, values.epoch), (STEP, values.step)):
+            if label is not None:
+                written |= store(write, path, grown[path], (here,), np.array([label]))
         return written
 
     def _grown(self, rows: int) -> _Grown:
@@ -306,7 +331,7 @@ class ArchiveWriter:
     def _clear_unborn(self) -> None:
         """Remove what a first epoch left that was never committed."""
         self._objects.delete(METADATA)
-        for path in (WEIGHTS, PROBE, PROBE_INDEX, BUFFERS, f"{EPOCH}/c"):
+        for path in (WEIGHTS, PROBE, PROBE_INDEX, STEP, BUFFERS, f"{EPOCH}/c"):
             self._objects.delete_tree(path)
         self._objects.delete(f"{EPOCH}/{METADATA}")
         self._objects.delete(LAYOUT_COPY)
