@@ -18,6 +18,7 @@ from .layout import ParameterLayout, TensorEntry
 from .store.archive import Archive
 from .store.evaluations import Evaluation, read_evaluations
 from .store.fits import fit_names, open_fit
+from .store.forecast import Forecast, forecast
 from .store.format import PROBE, WEIGHTS, buffer_path
 from .store.pieces import WeightSource as WeightSource
 from .store.place import PathLike as PathLike
@@ -190,8 +191,13 @@ class Run:
 
     @property
     def epoch_bytes(self) -> int:
-        """Bytes that the last epoch takes on disk."""
-        return self.archive.records[-1].size
+        """Bytes that an epoch takes on disk, on average."""
+        return self.forecast().epoch_bytes
+
+    def forecast(self, epochs: int | None = None) -> Forecast:
+        """What so many epochs take, by what those took that are recorded; of these alone when None."""
+        recorded = self.archive.records
+        return forecast(self.layout, len(recorded) if epochs is None else epochs, self.path, recorded)
 
 
 class RunWriter:
@@ -255,6 +261,10 @@ class RunWriter:
         values = EpochValues(label, weights, buffers, _plain(metrics or {}), step, self._nonfinite == "raise")
         probe_index = draw_probe(layout) if self.layout is None else self._probe_index
         self._writer.append(layout, values, probe_index)
+
+    def forecast(self, layout: ParameterLayout, epochs: int, steps: bool = False) -> Forecast:
+        """What so many epochs of a layout take, those that are recorded among them; `steps` before the first."""
+        return forecast(layout, epochs, self.path, self._writer.records, steps)
 
     @property
     def healable_epochs(self) -> tuple[int, ...]:
