@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from trajkit import Recorder, Run, fit, import_checkpoints, load_weights, open_run, write_checkpoint
 from trajkit.checkpoints import writing
-from trajkit.checkpoints.importing import epochs_of
+from trajkit.checkpoints.naming import epoch_in_name
 from trajkit.errors import InputError, LayoutError, PathExistsError, TrajkitError, UnknownNameError
 
 # --- Writing
@@ -195,23 +196,34 @@ def test_tied_weights_in_safetensors_are_one_or_copies(tmp_path: Path) -> None:
         (["epoch=2-step=300.ckpt", "epoch=10-step=1.ckpt"], [2, 10]),
         (["resnet18-Epoch_007.pth", "resnet18-Epoch_8.pth"], [7, 8]),
         (["step200.pt", "step1000.pt"], [200, 1000]),
-        (["v2_12.safetensors", "v2_9.safetensors"], [9, 12]),
+        (["v2_12.safetensors", "v2_9.safetensors"], [12, 9]),
+        (["checkpoint-500", "out/checkpoint-500/model.safetensors", "epoch.7"], [500, 500, 7]),
+        (["checkpoint-500/pytorch_model.bin.index.json", "model_3.bin", "best.pt", "model.bin"], [500, 3, None, None]),
     ],
 )
-def test_epochs_are_the_numbers_in_the_names(names: list[str], epochs: list[int]) -> None:
-    assert list(epochs_of([Path(name) for name in names])) == epochs
+def test_epochs_are_the_numbers_in_the_names(names: list[str], epochs: list[int | None]) -> None:
+    assert [epoch_in_name(Path(name)) for name in names] == epochs
 
 
-def test_files_without_numbers_are_numbered_on_request() -> None:
-    with pytest.raises(InputError, match=r"best.pt: expected the epoch's number in the name, found none; .*-epoch"):
-        epochs_of([Path("best.pt")])
+def test_files_without_numbers_say_their_epoch_or_are_numbered_on_request(tmp_path: Path) -> None:
+    names = ["last.pt", "part9.pt", "part10.pt", "².pt"]
+    for name in names:
+        torch.save(nn.Linear(2, 2).state_dict(), tmp_path / name)
+    files = [tmp_path / name for name in names]
+    with pytest.raises(InputError, match=r"last.pt: expected the epoch's number in the name, or in the file .*-epoch"):
+        import_checkpoints(tmp_path / "run", files[:1])
     with pytest.raises(InputError, match=r"².pt: expected the epoch's number in the name"):
-        epochs_of([Path("².pt")])
-    assert list(epochs_of([Path("²1.pt")], first_epoch=3)) == [3]
-    with pytest.raises(InputError, match=r"b/epoch1.pt: its name says epoch 1, and so does a/epoch1.pt"):
-        epochs_of([Path("a/epoch1.pt"), Path("b/epoch1.pt")])
-    numbered = epochs_of([Path("part10"), Path("part9"), Path("last")], first_epoch=5)
-    assert {epoch: path.name for epoch, path in numbered.items()} == {5: "last", 6: "part9", 7: "part10"}
+        import_checkpoints(tmp_path / "run", files[3:])
+    (tmp_path / "b").mkdir()
+    shutil.copy(files[1], tmp_path / "b")
+    with pytest.raises(InputError, match=r"b/part9.pt: is epoch 9, and so is .*/part9.pt; number with --first-epoch"):
+        import_checkpoints(tmp_path / "run", [files[1], tmp_path / "b/part9.pt"])
+    numbered = import_checkpoints(tmp_path / "run", files[2::-1], first_epoch=5)
+    assert {item.epoch: item.path.name for item in numbered} == {5: "last.pt", 6: "part9.pt", 7: "part10.pt"}
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict(), "epoch": 8, "global_step": 800}, tmp_path / "last.pt")
+    torch.save({"model": nn.Linear(2, 2).state_dict(), "step": 900}, tmp_path / "later.pt")
+    found = import_checkpoints(tmp_path / "run", [tmp_path / "later.pt", tmp_path / "last.pt"])
+    assert [(item.epoch, item.path.name) for item in found] == [(8, "last.pt"), (900, "later.pt")]
 
 
 class Evil:
@@ -298,7 +310,7 @@ def test_files_that_hold_no_model_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"epoch7.pt: no such file"):
         import_checkpoints(tmp_path / "run", [tmp_path / "epoch7.pt"])
     (tmp_path / "epoch7.pt").mkdir()
-    with pytest.raises(InputError, match=r"epoch7.pt: cannot be read \(Is a directory"):
+    with pytest.raises(InputError, match=r"epoch7.pt: a folder without a checkpoint, expected model.safetensors"):
         import_checkpoints(tmp_path / "run", [tmp_path / "epoch7.pt"])
 
 

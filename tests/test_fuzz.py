@@ -29,10 +29,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from trajkit import ParameterLayout, RunWriter, TrajkitError, open_run
-from trajkit.checkpoints.reading import read_checkpoint
+from trajkit.checkpoints.reading import open_checkpoint
+from trajkit.checkpoints.selecting import EVERYTHING, arrange
+from trajkit.checkpoints.streaming import StreamedWeights, read_buffers
 from trajkit.digest import digest
 from trajkit.documents import parse
-from trajkit.vector import flatten, layout_of
 
 MULTIPLIER = int(os.environ.get("TRAJKIT_FUZZ_EXAMPLES", "1"))
 Data = st.DataObject
@@ -261,8 +262,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_file(path: Path) -> None:
     """Only an error of ours may come of it."""
     try:
-        tensors = read_checkpoint(path)
-        flatten(layout_of(tensors), tensors)
+        arranged = arrange(open_checkpoint(path), EVERYTHING, None)
+        read_buffers(arranged)
+        assert StreamedWeights(arranged)[:].size == arranged.layout.n_weights
     except TrajkitError:
         return
 

@@ -189,7 +189,7 @@ def test_a_strangers_checkpoint(case: Case, tmp_path: Path, outside: Path, monke
         ("pickles.PICKLE_LIMIT", partial(torch.save, **LEGACY), "a pickle of more than 10 bytes"),
         ("pickles.OPCODES_LIMIT", torch.save, "a pickle of more than .* or 10 opcodes"),
         ("pickles.OPCODES_LIMIT", partial(torch.save, **LEGACY), "a pickle of more than .* or 10 opcodes"),
-        ("reading.HEADER_LIMIT", save_file, "a safetensors header of .* bytes, at most 10 are read"),
+        ("safetensors_format.HEADER_LIMIT", save_file, "a safetensors header of .* bytes, at most 10 are read"),
     ],
 )
 def test_a_checkpoint_beyond_a_cap_is_refused(

@@ -271,6 +271,11 @@ class RunWriter:
         """The recorded epochs that `repair` has found damaged, and that `heal` can put right; rising."""
         return self._writer.healable_epochs
 
+    @property
+    def lost_epochs(self) -> tuple[int, ...]:
+        """The recorded epochs whose commit record is lost, so that nothing can put them right; rising."""
+        return self._writer.lost_epochs
+
     def heal(
         self,
         layout: ParameterLayout,

@@ -71,7 +71,7 @@ def flatten(layout: ParameterLayout, tensors: Mapping[str, Tensor]) -> Vectors:
     for entry in layout.tensors:
         tensor = tensors[entry.name].detach()
         if entry.kind == "weight" and entry.dtype == "float64":
-            _require_exact(entry.name, tensor)
+            require_exact(entry.name, tensor)
         if entry.size:
             vector = weights if entry.kind == "weight" else buffers[entry.vector]
             torch.from_numpy(vector[entry.offset : entry.stop]).view(entry.shape).copy_(tensor)
@@ -91,6 +91,13 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _require_recordable(name: str, tensor: Tensor) -> None:
+    refused = refusal(tensor)
+    if refused is not None:
+        raise LayoutError(f"'{name}' {refused}")
+
+
+def refusal(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be recorded, as it is said after its name; None where it can."""
     for found, refused, cure in (
         ("is not initialised yet", is_lazy(tensor), "run one forward pass first"),
         ("is a nested tensor", tensor.is_nested, "record its parts as tensors of their own"),
@@ -101,10 +108,12 @@ def _require_recordable(name: str, tensor: Tensor) -> None:
         ("is a DTensor, spread over processes", hasattr(tensor, "placements"), "gather it with full_tensor()"),
     ):
         if refused:
-            raise LayoutError(f"'{name}' {found}, expected a dense real tensor with values; {cure}")
+            return f"{found}, expected a dense real tensor with values; {cure}"
+    return None
 
 
-def _require_exact(name: str, tensor: Tensor) -> None:
+def require_exact(name: str, tensor: Tensor) -> None:
+    """Raise `InputError` for float64 weights that float32 cannot hold."""
     exact = (tensor.float().double() == tensor) | tensor.isnan()
     if not bool(exact.all()):
         raise InputError(

@@ -1,33 +1,36 @@
-"""Recording from checkpoint files that a training left."""
+"""Recording from checkpoint files and folders that a training left."""
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from ..errors import InputError, LayoutError, placed
-from ..layout import ParameterLayout
+from ..errors import InputError, placed
 from ..run import NonFinite, PathLike, RunWriter
-from ..vector import flatten, layout_of
-from .reading import read_checkpoint
+from .naming import by_epoch, epoch_in_name, natural
+from .reading import open_checkpoint
+from .selecting import EVERYTHING, Selection, arrange
+from .stored import Checkpoint
+from .streaming import StreamedWeights, read_buffers
+
+logger = logging.getLogger("trajkit")
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A checkpoint file and the epoch it is recorded as.
+    """A checkpoint and the epoch it is recorded as.
 
-    `new` is False where that epoch was recorded before; `healed` is True where it was damaged and this put it right.
+    `new` is False where that epoch was recorded before; `healed` is True where it was damaged and this put it right;
+    `lost` is True where it is damaged and cannot be put right, since its commit record is lost.
     """
 
     path: Path
     epoch: int
     new: bool
     healed: bool = False
+    lost: bool = False
 
 
 def import_checkpoints(
@@ -37,12 +40,14 @@ def import_checkpoints(
     fsync: bool = True,
     nonfinite: NonFinite = "raise",
     progress: Callable[[Imported], None] | None = None,
+    select: Selection = EVERYTHING,
 ) -> list[Imported]:
-    """Record checkpoint files into a run, which is made if there is none; epochs recorded already are skipped,
-    and bad ones are healed.
+    """Record checkpoints, files or folders, into a run, which is made if there is none; epochs recorded already are
+    skipped, and bad ones are healed.
 
     first_epoch: number the files from here on in natural order of their names; by default an epoch is the number in
-    the file's name, see `epochs_of`. progress: called after each file.
+    the file's name, see `epoch_in_name`, or where that has none, the epoch or step that the file says of itself.
+    progress: called after each file. select: which of the tensors are recorded.
 
     Raises `InputError` or `LayoutError` naming the file that cannot be recorded; the files before it are.
     """
@@ -50,79 +55,62 @@ def import_checkpoints(
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file, expected a checkpoint; check the name")
+    epochs = _numbered(paths, first_epoch, select)
     done: list[Imported] = []
     with RunWriter(run, fsync=fsync, nonfinite=nonfinite) as writer:
-        healable = writer.healable_epochs
-        for epoch, path in epochs_of(paths, first_epoch).items():
-            imported = Imported(path, epoch, epoch not in writer.epochs, epoch in healable)
-            if imported.new or imported.healed:
-                _record(writer, imported)
-            done.append(imported)
+        for epoch, path in epochs.items():
+            done.append(record_checkpoint(writer, path, epoch, select))
             if progress is not None:
-                progress(imported)
+                progress(done[-1])
     return done
 
 
-def epochs_of(paths: Sequence[Path], first_epoch: int | None = None) -> dict[int, Path]:
-    """Epoch -> file, rising.
+def record_checkpoint(
+    writer: RunWriter, path: Path, epoch: int, select: Selection, checkpoint: Checkpoint | None = None
+) -> Imported:
+    """Record one checkpoint unless its epoch is recorded already, heal it where that is damaged.
 
-    An epoch is the number after "epoch" in the file's name, else the last number in it. Raises `InputError` where a
-    name has no number, or where two files would be the same epoch; `first_epoch` is the way out.
+    checkpoint: the one at the path, where it is open already.
     """
-    if first_epoch is not None:
-        ordered = sorted(paths, key=lambda path: [int(part) if part.isdecimal() else part for part in _parts(path)])
-        return dict(enumerate(ordered, start=first_epoch))
-    epochs: dict[int, Path] = {}
-    for path in paths:
-        found = re.search(r"epoch\D{0,3}?(\d+)", path.stem, re.IGNORECASE) or re.search(r"(\d+)\D*$", path.stem)
-        if found is None:
-            raise InputError(f"{path}: expected the epoch's number in the name, found none; number with --first-epoch")
-        epoch = int(found[1])
-        if epoch in epochs:
-            raise InputError(
-                f"{path}: its name says epoch {epoch}, and so does {epochs[epoch]}; number with --first-epoch"
-            )
-        epochs[epoch] = path
-    return dict(sorted(epochs.items()))
-
-
-def _record(writer: RunWriter, imported: Imported) -> None:
-    path, epoch = imported.path, imported.epoch
+    known = epoch in writer.epochs
+    imported = Imported(path, epoch, not known, epoch in writer.healable_epochs, epoch in writer.lost_epochs)
     if imported.new:
         writer.require_next(epoch)
-    tensors = read_checkpoint(path)
-    known, parameters = writer.layout, None
-    with placed(str(path)):
-        with placed(f"{writer.path}: epoch {epoch}"):
-            if known is not None:
-                tensors = _arranged(known, tensors)
-                parameters = {name for entry in known.weights for name in entry.names}
-            layout = layout_of(tensors, parameters)
-            weights, buffers = flatten(layout, tensors)
+    if imported.new or imported.healed:
+        _record(writer, imported, checkpoint or open_checkpoint(path, select.key), select)
+    return imported
+
+
+def own_epoch(checkpoint: Checkpoint) -> int | None:
+    """The epoch that a checkpoint says it is of, or else the step."""
+    return checkpoint.step if checkpoint.epoch is None else checkpoint.epoch
+
+
+def _numbered(paths: Sequence[Path], first_epoch: int | None, select: Selection) -> dict[int, Path]:
+    """Epoch -> file, rising."""
+    if first_epoch is not None:
+        return dict(enumerate(sorted(paths, key=natural), start=first_epoch))
+    return by_epoch({path: _epoch_of(path, select) for path in paths})
+
+
+def _epoch_of(path: Path, select: Selection) -> int:
+    epoch = epoch_in_name(path)
+    epoch = own_epoch(open_checkpoint(path, select.key)) if epoch is None else epoch
+    if epoch is None:
+        raise InputError(
+            f"{path}: expected the epoch's number in the name, or in the file as epoch or step, found none;"
+            " number with --first-epoch"
+        )
+    return epoch
+
+
+def _record(writer: RunWriter, imported: Imported, checkpoint: Checkpoint, select: Selection) -> None:
+    with placed(str(imported.path)):
+        with placed(f"{writer.path}: epoch {imported.epoch}"):
+            arranged = arrange(checkpoint, select, writer.layout)
+            buffers = read_buffers(arranged)
+        weights = StreamedWeights(arranged)
         if imported.new:
-            writer.append(layout, epoch, weights, buffers)
+            writer.append(arranged.layout, imported.epoch, weights, buffers)
         else:
-            writer.heal(layout, epoch, weights, buffers)
-
-
-def _arranged(known: ParameterLayout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the run's order, tied as in the run: files sort them, and keep one of a tied pair or copies."""
-    arranged: dict[str, Tensor] = {}
-    for entry in known.tensors:
-        present = [tensors[name] for name in entry.names if name in tensors]
-        if any(not _same_bits(present[0], copy) for copy in present[1:]):
-            raise LayoutError(f"{' and '.join(entry.names)} differ, the run has them tied; record into a new run")
-        if present:
-            arranged |= dict.fromkeys(entry.names, present[0])
-    return arranged | {name: tensor for name, tensor in tensors.items() if name not in known}
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same values, NaN included."""
-    same_kind = one.dtype == other.dtype and one.shape == other.shape
-    return same_kind and torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
-
-
-def _parts(path: Path) -> list[str]:
-    """The name cut into text and numbers, always text first, so that names compare naturally."""
-    return re.split(r"(\d+)", path.name)
+            writer.heal(arranged.layout, imported.epoch, weights, buffers)

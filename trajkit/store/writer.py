@@ -115,6 +115,11 @@ class ArchiveWriter:
         """The recorded epochs that are marked as bad, and whose commit record says what they were; rising."""
         return tuple(mark.epoch for _, mark in sorted(read_marks(self._objects).items()) if mark.layout is None)
 
+    @property
+    def lost_epochs(self) -> tuple[int, ...]:
+        """The recorded epochs whose commit record is lost; rising."""
+        return tuple(record.epoch for record in self.records if isinstance(record, LostRecord))
+
     def close(self) -> None:
         """Let the next writer in."""
         with contextlib.suppress(OSError):  # what shows the epochs to plain Zarr; they are safe already
