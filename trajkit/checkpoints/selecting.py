@@ -80,7 +80,7 @@ def _unwrapped(tensors: Mapping[str, StoredTensor], known: ParameterLayout | Non
     """The tensors by the names that they have in the model itself, unless the run knows them by the longer ones."""
     found = dict(tensors)
     while prefix := next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in found)), None):
-        if not found or (known is not None and all(name.startswith(prefix) for name in known.names())):
+        if not found or (known is not None and any(name in known for name in found)):
             break
         found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     return found
