@@ -570,6 +570,7 @@ SIZES = [
         ),
     ),
     Case("a zip is compressed by lzma", zipped(state_dict(WHOLE), {"0": bytes(16)}, compress=zipfile.ZIP_LZMA)),
+    Case("a pickle has a memo of 2**31 places", zipped(opcodes(b"]r\xff\xff\xff\x7f"))),
     Case("a pickle has 17 MB of empty dicts", zipped(opcodes(b"(" + b"}" * (17 << 20) + b"t"))),
     Case("a legacy pickle has 17 MB in one text", lambda path: path.write_bytes(opcodes(text("x" * (17 << 20))))),
     Case("a name is a tuple that takes days to hash", zipped(opcodes(b"}", sharing_tuples(60), number(1), b"s"))),

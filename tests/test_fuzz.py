@@ -1,7 +1,6 @@
 """Inputs that hypothesis makes of sound ones: whatever it comes up with, only errors of ours.
 
-TRAJKIT_FUZZ_EXAMPLES multiplies how many; the examples are the same in every run. Sharded checkpoints with an
-``index.json`` cannot be imported yet, so there is nothing of them to fuzz.
+TRAJKIT_FUZZ_EXAMPLES multiplies how many; the examples are the same in every run.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hostile import RECORD, ROOT, plain, safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -357,3 +357,55 @@ def test_any_pickle_in_a_zip(file: Path, data: Data) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         read_file(file)
+
+
+# --- Checkpoint folders
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "checkpoint-1"
+    folder.mkdir()
+    model = {name: value.clone() for name, value in a_model().items()}
+    shards = {"s1": ["a", "b"], "s2": ["tied", "half", "count"]}
+    for shard, names in shards.items():
+        (folder / shard).write_bytes(save({name: model[name] for name in names}))
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "trainer_state.json").write_text(json.dumps({"epoch": 0.5, "global_step": 1}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "trainer_state.json"])
+@fuzz(100)
+def test_any_document_of_a_checkpoint_folder(name: str, sharded: Path, data: Data) -> None:
+    sound = (sharded / name).read_bytes()
+    with instead(sharded / name, json.dumps(changed(data, json.loads(sound))).encode()):
+        read_file(sharded)
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "distributed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": a_model(), "epoch": 3}, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@fuzz(150)
+def test_any_bytes_of_a_distributed_checkpoint(name: str, distributed: Path, data: Data) -> None:
+    with instead(distributed / name, changed_bytes(data, (distributed / name).read_bytes())):
+        read_file(distributed)
+
+
+@fuzz(300)
+def test_any_pickle_of_a_distributed_checkpoint(distributed: Path, data: Data) -> None:
+    found = opcodes_of((distributed / ".metadata").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(found) - 1))
+        stop = start + data.draw(st.integers(0, 3))
+        found[start:stop] = data.draw(st.lists(st.sampled_from(found + MORE), max_size=3))
+    with instead(distributed / ".metadata", b"".join(found)):
+        read_file(distributed)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from corpus import ARCHIVES, CHECKPOINTS, HARMLESS
+from corpus_folders import FOLDERS, HARMLESS_FOLDERS
 from hostile import BASES, LEGACY, Case, in_a_second, marker, watched
 from safetensors.torch import save_file
 
@@ -164,7 +165,7 @@ def _torch_is_warm(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.mark.usefixtures("_torch_is_warm")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CHECKPOINTS, ids=lambda case: case.sentence)
+@pytest.mark.parametrize("case", [*CHECKPOINTS, *FOLDERS], ids=lambda case: case.sentence)
 def test_a_strangers_checkpoint(case: Case, tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # another library's wish, which is not ours
     path = tmp_path / "epoch0.pt"
@@ -177,7 +178,7 @@ def test_a_strangers_checkpoint(case: Case, tmp_path: Path, outside: Path, monke
             works = True
         except TrajkitError:
             pass
-    assert works == (case.sentence in HARMLESS)
+    assert works == (case.sentence in HARMLESS | HARMLESS_FOLDERS)
     if works:
         assert all(torch.isfinite(value).all() for value in open_run(tmp_path / "run").state_dict(0).values())
 

@@ -67,7 +67,7 @@ def open_index(path: Path, key: str | None = None) -> Checkpoint:
             raise
         raise InputError(f"{path}: no index of a sharded checkpoint ({error}); write it again") from error
     tensors: dict[str, StoredTensor] = {}
-    for name in sorted(set(weight_map.values()), key=lambda name: natural(Path(name))):
+    for name in dict.fromkeys(weight_map.values()):
         shard = open_file(inside(path.parent, name))
         for held, tensor in shard.tensors.items():
             if held not in weight_map:

@@ -128,7 +128,7 @@ def naturals(values: Any) -> tuple[int, ...]:
         raise ValueError(f"a shape that is none, or has more than {MOST_DIMENSIONS} dimensions")
     for value in values:
         if type(value) is not int or not 0 <= value < 2**63:
-            raise ValueError("a length, stride or offset that is none")
+            raise ValueError("a length, stride or offset is no integer from zero on")
     return tuple(values)
 
 

@@ -160,6 +160,9 @@ class Checkpoint:
         return self.tensors[name].read()
 
 
+LONGEST_NAME = 255
+"""Bytes, of a file's name."""
+
 HUB_BLOB = re.compile(r"(?:\.\./){2,8}blobs/[0-9a-f]{40,64}")
 
 
@@ -170,8 +173,11 @@ def inside(folder: Path, name: str) -> Path:
     cache of the Hugging Face hub, from a snapshot to its blobs, lead nowhere else.
     """
     path = folder / name
-    if not name or name in (".", "..") or any(letter in name for letter in "/\\\0"):
-        raise InputError(f"{folder}: '{name:.80}' is no name of a file in this folder; write the checkpoint again")
+    plain = (
+        name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME and not any(letter in name for letter in "/\\")
+    )
+    if not plain or name in ("", ".", ".."):
+        raise InputError(f"{folder}: {name[:80]!r} is no name of a file in this folder; write the checkpoint again")
     if path.is_symlink() and not _leads_to_blob(path):
         raise InputError(f"{path}: a symbolic link, expected a file; give a folder that holds the files themselves")
     return path
