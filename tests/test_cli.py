@@ -132,7 +132,7 @@ def test_fewer_modes_than_asked_for_are_told(tmp_path: Path) -> None:
         ),
         (["evaluate", "RUN", "--with", "broken_module:f"], 2, "'broken_module:f' cannot be loaded"),
         (["record", "RUN", "missing3.pt"], 1, "missing3.pt: no such file, expected a checkpoint"),
-        (["record", "new"], 2, "Missing argument"),
+        (["record", "new"], 2, "nothing to record; give checkpoints, or --watch DIR"),
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
 )

@@ -272,6 +272,11 @@ class RunWriter:
         return self._writer.healable_epochs
 
     @property
+    def has_steps(self) -> bool:
+        """Whether the recorded epochs have a step."""
+        return any(record.step is not None for record in self._writer.records)
+
+    @property
     def lost_epochs(self) -> tuple[int, ...]:
         """The recorded epochs whose commit record is lost, so that nothing can put them right; rising."""
         return self._writer.lost_epochs

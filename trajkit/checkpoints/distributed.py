@@ -21,7 +21,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..vector import refusal
 from . import pickles
-from .nested import EPOCH, STEP, checkpoint_in
+from .naming import EPOCH
+from .nested import checkpoint_in
 from .pickles import Node, describe, naturals, spelled
 from .stored import Checkpoint, Kept, StoredFile, StoredTensor, first_line, inside
 from .torch_zip import TorchZip
@@ -149,7 +150,7 @@ class _Tree:
         if isinstance(what, Node) and what.called == f"{CLASSES}TensorStorageMetadata":
             return self._tensor(name, what)
         _require_node(what, "BytesStorageMetadata")
-        if isinstance(path, tuple) and len(path) == 1 and path[0] in (*EPOCH, *STEP):
+        if isinstance(path, tuple) and len(path) == 1 and path[0] in EPOCH:
             file, begin, length = self._places[name, None]
             if length <= NUMBER_BYTES:
                 return TorchZip(self._files[file], begin, length).tree

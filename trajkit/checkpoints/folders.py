@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..documents import parse, require_fields, require_kind, require_size
 from ..errors import InputError
 from .distributed import METADATA, open_distributed
 from .files import open_file
-from .naming import natural, number_in
+from .naming import GLOBAL_STEP, natural, number_in
 from .safetensors_format import is_safetensors
 from .stored import Checkpoint, StoredFile, StoredTensor, inside
 
@@ -46,8 +46,7 @@ def open_folder(folder: Path, key: str | None = None) -> Checkpoint:
         found = open_index(path, key)
     else:
         found = open_file(path, key)
-    state = _trainer_state(folder)
-    return Checkpoint(folder, found.tensors, found.epoch, number_in(state, "global_step") or found.step)
+    return _dated(Checkpoint(folder, found.tensors, found.epoch, found.step), folder)
 
 
 def open_index(path: Path, key: str | None = None) -> Checkpoint:
@@ -79,8 +78,7 @@ def open_index(path: Path, key: str | None = None) -> Checkpoint:
             raise InputError(f"{path}: names '{tensor_name}' in {name}, which does not hold it; write it again")
     if not tensors:
         raise InputError(f"{path}: names no tensors, expected some; write it again")
-    state = _trainer_state(path.parent)
-    return Checkpoint(path, tensors, step=number_in(state, "global_step"))
+    return _dated(Checkpoint(path, tensors), path.parent)
 
 
 def is_index(path: Path) -> bool:
@@ -104,18 +102,19 @@ def _names(key: str | None) -> Iterator[str]:
     yield "pytorch_model_fsdp_0" if key is None else key.replace("model", "pytorch_model_fsdp", 1)
 
 
-def _trainer_state(folder: Path) -> Any:
-    """What the Trainer of Hugging Face says of itself; None where it says nothing that can be read."""
+def _dated(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """With the step that the Trainer of Hugging Face says in a folder, where it says one that can be read."""
     if not (folder / TRAINER_STATE).exists():
-        return None
+        return checkpoint
     file = StoredFile(inside(folder, TRAINER_STATE))
     try:
         require_size(file.size)
-        return parse(file.read(0, file.size))
+        step = number_in(parse(file.read(0, file.size)), GLOBAL_STEP)
     except InputError:
         raise
     except ValueError:
-        return None
+        return checkpoint
+    return replace(checkpoint, epoch=step if checkpoint.epoch is None else checkpoint.epoch, step=step)
 
 
 def _hint(folder: Path) -> str:

@@ -11,7 +11,7 @@ from ..errors import InputError, placed
 from ..run import NonFinite, PathLike, RunWriter
 from .naming import by_epoch, epoch_in_name, natural
 from .reading import open_checkpoint
-from .selecting import EVERYTHING, Selection, arrange
+from .selecting import EVERYTHING, Arranged, Selection, arrange
 from .stored import Checkpoint
 from .streaming import StreamedWeights, read_buffers
 
@@ -49,6 +49,8 @@ def import_checkpoints(
     the file's name, see `epoch_in_name`, or where that has none, the epoch or step that the file says of itself.
     progress: called after each file. select: which of the tensors are recorded.
 
+    The global step that a file says is recorded too, unless the run began without one, or files are numbered.
+
     Raises `InputError` or `LayoutError` naming the file that cannot be recorded; the files before it are.
     """
     paths = [Path(file) for file in files]
@@ -58,32 +60,72 @@ def import_checkpoints(
     epochs = _numbered(paths, first_epoch, select)
     done: list[Imported] = []
     with RunWriter(run, fsync=fsync, nonfinite=nonfinite) as writer:
+        importer = Importer(writer, select, steps=first_epoch is None, planned=len({*writer.epochs, *epochs}))
         for epoch, path in epochs.items():
-            done.append(record_checkpoint(writer, path, epoch, select))
+            done.append(importer.record(path, epoch))
             if progress is not None:
                 progress(done[-1])
     return done
 
 
-def record_checkpoint(
-    writer: RunWriter, path: Path, epoch: int, select: Selection, checkpoint: Checkpoint | None = None
-) -> Imported:
-    """Record one checkpoint unless its epoch is recorded already, heal it where that is damaged.
+class Importer:
+    """Records checkpoints into a run, one after the other.
 
-    checkpoint: the one at the path, where it is open already.
+    steps: record the global step that a file says, where the run has steps or has not begun. planned: how many epochs
+    the run will have, for a forecast of its size before the first one is recorded.
     """
-    known = epoch in writer.epochs
-    imported = Imported(path, epoch, not known, epoch in writer.healable_epochs, epoch in writer.lost_epochs)
-    if imported.new:
-        writer.require_next(epoch)
-    if imported.new or imported.healed:
-        _record(writer, imported, checkpoint or open_checkpoint(path, select.key), select)
-    return imported
 
+    def __init__(self, writer: RunWriter, select: Selection, steps: bool = True, planned: int = 0) -> None:
+        self.writer, self.select = writer, select
+        self._steps, self._planned = steps, planned
+        self._has_begun = False
 
-def own_epoch(checkpoint: Checkpoint) -> int | None:
-    """The epoch that a checkpoint says it is of, or else the step."""
-    return checkpoint.step if checkpoint.epoch is None else checkpoint.epoch
+    def record(self, path: Path, epoch: int, checkpoint: Checkpoint | None = None) -> Imported:
+        """Record one checkpoint unless its epoch is recorded already, and heal it where that is damaged.
+
+        checkpoint: the one at the path, where it is open already.
+        """
+        writer = self.writer
+        imported = Imported(
+            path, epoch, epoch not in writer.epochs, epoch in writer.healable_epochs, epoch in writer.lost_epochs
+        )
+        if imported.lost:
+            logger.warning(
+                "%s: epoch %s is damaged and its commit record is lost, %s cannot heal it;"
+                " restore the record from a copy, or record into a new run",
+                writer.path,
+                epoch,
+                path,
+            )
+        if imported.new:
+            writer.require_next(epoch)
+        if imported.new or imported.healed:
+            self._record(imported, checkpoint or open_checkpoint(path, self.select.key))
+        return imported
+
+    def _record(self, imported: Imported, checkpoint: Checkpoint) -> None:
+        writer = self.writer
+        with placed(str(imported.path)):
+            with placed(f"{writer.path}: epoch {imported.epoch}"):
+                arranged = arrange(checkpoint, self.select, writer.layout)
+                buffers = read_buffers(arranged)
+            weights = StreamedWeights(arranged)
+            if not imported.new:
+                writer.heal(arranged.layout, imported.epoch, weights, buffers)
+                return
+            step = checkpoint.step if self._steps and (writer.has_steps or not writer.epochs) else None
+            self._announce(arranged, step)
+            writer.append(arranged.layout, imported.epoch, weights, buffers, step=step)
+
+    def _announce(self, arranged: Arranged, step: int | None) -> None:
+        """Say what will be recorded, before the first checkpoint is."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        if self.select.trainable_only and not arranged.tells_trainable:
+            logger.info("the checkpoints do not say which weights are trained: only buffers are left out")
+        planned = max(self._planned, len(self.writer.epochs) + 1)
+        logger.info("%s: %s", self.writer.path, self.writer.forecast(arranged.layout, planned, step is not None))
 
 
 def _numbered(paths: Sequence[Path], first_epoch: int | None, select: Selection) -> dict[int, Path]:
@@ -95,22 +137,10 @@ def _numbered(paths: Sequence[Path], first_epoch: int | None, select: Selection)
 
 def _epoch_of(path: Path, select: Selection) -> int:
     epoch = epoch_in_name(path)
-    epoch = own_epoch(open_checkpoint(path, select.key)) if epoch is None else epoch
+    epoch = open_checkpoint(path, select.key).epoch if epoch is None else epoch
     if epoch is None:
         raise InputError(
             f"{path}: expected the epoch's number in the name, or in the file as epoch or step, found none;"
             " number with --first-epoch"
         )
     return epoch
-
-
-def _record(writer: RunWriter, imported: Imported, checkpoint: Checkpoint, select: Selection) -> None:
-    with placed(str(imported.path)):
-        with placed(f"{writer.path}: epoch {imported.epoch}"):
-            arranged = arrange(checkpoint, select, writer.layout)
-            buffers = read_buffers(arranged)
-        weights = StreamedWeights(arranged)
-        if imported.new:
-            writer.append(arranged.layout, imported.epoch, weights, buffers)
-        else:
-            writer.heal(arranged.layout, imported.epoch, weights, buffers)

@@ -12,6 +12,10 @@ from ..errors import InputError
 # What libraries call the files in a checkpoint folder: the folder's name is what tells checkpoints apart.
 FIXED_NAME = re.compile(r"[a-z_]*model\.(safetensors|bin)|.*\.index\.json")
 
+# What trainers say of themselves beside the weights. Only the global step is sure to rise from file to file.
+GLOBAL_STEP = "global_step"
+EPOCH = ("epoch", GLOBAL_STEP, "step", "iteration")
+
 
 def by_epoch(epochs: Mapping[Path, int]) -> dict[int, Path]:
     """Epoch -> file, rising; raises `InputError` where two files are the same epoch."""

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .naming import number_in
+from .naming import EPOCH, GLOBAL_STEP, number_in
 from .stored import Checkpoint, StoredTensor
 
 # Where trainers keep the weights. Lightning's weight averaging puts the average under state_dict while it fits, and the
 # weights as they are trained under current_model_state.
 NESTED_UNDER = ("current_model_state", "state_dict", "model_state_dict", "model", "module", "weights")
-
-EPOCH = ("epoch", "epochs")
-STEP = ("global_step", "step", "iteration", "iter")
 
 # How many tensors may share a byte of a file without being tied: views of each other, such as transposed ones.
 OVERLAP_LIMIT = 8
@@ -38,7 +35,7 @@ def checkpoint_in(path: Path, tree: Any, as_tensor: AsTensor, key: str | None = 
             f"{path}: expected a state dict of named tensors, alone or {where}, found {_shown(begin, tree, as_tensor)};"
             " save model.state_dict(), or say where it is (--key)"
         )
-    return Checkpoint(path, tensors, number_in(tree, *EPOCH), number_in(tree, *STEP))
+    return Checkpoint(path, tensors, number_in(tree, *EPOCH), number_in(tree, GLOBAL_STEP))
 
 
 def require_held(path: Path, places: Iterable[tuple[str, StoredTensor, int, Hashable, int]]) -> None:

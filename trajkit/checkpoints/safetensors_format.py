@@ -10,7 +10,7 @@ from typing import Any
 from ..documents import parse, require_fields, require_kind
 from ..errors import InputError
 from ..layout import ITEMSIZE, MOST_DIMENSIONS
-from .naming import number_in
+from .naming import EPOCH, GLOBAL_STEP, number_in
 from .stored import Checkpoint, PlainTensor, StoredFile
 from .writing import SAFETENSORS_DTYPE
 
@@ -51,7 +51,7 @@ def open_safetensors(file: StoredFile) -> Checkpoint:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file.path}: damaged safetensors file ({error}); write it again") from error
-    return Checkpoint(file.path, tensors, number_in(metadata, "epoch"), number_in(metadata, "step", "global_step"))
+    return Checkpoint(file.path, tensors, number_in(metadata, *EPOCH), number_in(metadata, GLOBAL_STEP))
 
 
 def _tensors(file: StoredFile, header: dict[str, Any], begin: int) -> dict[str, PlainTensor]:

@@ -43,10 +43,14 @@ EVERYTHING = Selection()
 
 @dataclass(frozen=True)
 class Arranged:
-    """What is recorded of a checkpoint: a layout, and the stored tensor of each of its entries, by the entry's name."""
+    """What is recorded of a checkpoint: a layout, and the stored tensor of each of its entries, by the entry's name.
+
+    tells_trainable: whether the file, or the run, knows which weights are trained.
+    """
 
     layout: ParameterLayout
     tensors: Mapping[str, StoredTensor]
+    tells_trainable: bool = False
 
 
 def arrange(checkpoint: Checkpoint, selection: Selection, known: ParameterLayout | None) -> Arranged:
@@ -73,7 +77,8 @@ def arrange(checkpoint: Checkpoint, selection: Selection, known: ParameterLayout
         )
         for names, tensor in groups
     ]
-    return Arranged(ParameterLayout.of(entries), {names[0]: tensor for names, tensor in groups})
+    stored = {names[0]: tensor for names, tensor in groups}
+    return Arranged(ParameterLayout.of(entries), stored, known is not None or knows_frozen)
 
 
 def _unwrapped(tensors: Mapping[str, StoredTensor], known: ParameterLayout | None) -> dict[str, StoredTensor]:

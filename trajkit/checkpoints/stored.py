@@ -146,7 +146,10 @@ class LoadedTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint by name, and the epoch and step that it says of itself, None where it does not."""
+    """The tensors of a checkpoint by name, and what it says of itself, None where it does not.
+
+    epoch: that, or else the step or iteration. step: the training's global step.
+    """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
