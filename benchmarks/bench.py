@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fit
+import importing
 import integrity
 import scaling
 import synthetic
@@ -55,6 +56,7 @@ def parts(cache: Path) -> dict[str, Callable[[], list[str]]]:
         "workers": lambda: fit.workers(run_of(cache, 11_000_000, 100)),
         "reconstruct": lambda: fit.reconstruct(run_of(cache, 11_000_000, 100)),
         "integrity": lambda: integrity.integrity(cache, run_of(cache, 11_000_000, 100)),
+        "importing": lambda: importing.importing(cache),
         "gpu": gpu,
     }
 

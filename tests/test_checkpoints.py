@@ -224,6 +224,9 @@ def test_files_without_numbers_say_their_epoch_or_are_numbered_on_request(tmp_pa
     torch.save({"model": nn.Linear(2, 2).state_dict(), "step": 900}, tmp_path / "later.pt")
     found = import_checkpoints(tmp_path / "run", [tmp_path / "later.pt", tmp_path / "last.pt"])
     assert [(item.epoch, item.path.name) for item in found] == [(8, "last.pt"), (900, "later.pt")]
+    shutil.copy(tmp_path / "last.pt", tmp_path / "epoch8.pt")
+    found = import_checkpoints(tmp_path / "run2", [tmp_path / "last.pt", tmp_path / "epoch8.pt"])
+    assert [(item.epoch, item.path.name) for item in found] == [(8, "epoch8.pt")]
 
 
 class Evil:

@@ -98,6 +98,20 @@ def test_a_sharded_model_of_transformers(given: str, tiny: Any, tmp_path: Path) 
     require_same(open_run(tmp_path / "run").state_dict(500), tied_as_one(copied(tiny)))
 
 
+def test_a_snapshot_in_the_cache_of_the_hub_may_link_to_its_blobs_and_nowhere_else(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--tiny/snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blobs").mkdir()
+    blob = snapshot.parents[1] / "blobs" / ("b" * 64)
+    save_file({"w": torch.arange(3.0)}, blob)
+    (snapshot / "model.safetensors").symlink_to(f"../../blobs/{blob.name}")
+    require_same(recorded(snapshot, tmp_path), {"w": torch.arange(3.0)})
+    blob.rename(tmp_path / "elsewhere")
+    blob.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"model.safetensors: a symbolic link, expected a file"):
+        open_checkpoint(snapshot)
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_sharded_model_of_accelerate(safe: bool, tiny: Any, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
@@ -242,7 +256,7 @@ def test_tensors_that_two_processes_saved_in_parts(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "step7").iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     import_checkpoints(tmp_path / "run", [tmp_path / "step7"])
     require_same(open_run(tmp_path / "run").state_dict(7), whole)
-    assert open_checkpoint(tmp_path / "step7").step == 7
+    assert open_checkpoint(tmp_path / "step7").epoch == 7
 
 
 def test_a_sharded_folder_of_accelerate(tmp_path: Path) -> None:
@@ -314,7 +328,7 @@ def test_tensors_are_selected_by_patterns_of_their_names(tmp_path: Path) -> None
     assert "body.1.running_mean" not in selected(trainable_only=True)
     assert len(selected(trainable_only=True)) == 6
     with pytest.raises(
-        InputError, match=r"epoch0.pt: none of its 9 tensors is selected, .* it has body.0.weight, body"
+        InputError, match=r"none of the 9 tensors is selected, .* there are body.0.weight, body"
     ):
         selected(include=("module.*",))
     import_checkpoints(tmp_path / "run", [tmp_path / "epoch0.pt"], select=Selection(include=("head.*",)))

@@ -23,6 +23,14 @@ COMMANDS = [
 ]
 
 
+TRAINING = """
+import os, torch, trajkit
+with trajkit.Recorder(torch.nn.Linear(3, 2), os.environ["TRAJKIT_RUN"]) as recorder:
+    recorder.record(0)
+print("trained")
+"""
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data of the repository and some checkpoints, where commands and snippets run in order."""
@@ -31,6 +39,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "checkpoints").mkdir()
     for epoch in range(3):
         torch.save(nn.Linear(3, 2).state_dict(), folder / f"checkpoints/epoch{epoch}.pt")
+    (folder / "train.py").write_text(TRAINING)
     return folder
 
 

@@ -20,6 +20,9 @@ INDEX = ".index.json"
 WEIGHTS_NAMES = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
 SUFFIXES = (".safetensors", f".safetensors{INDEX}", ".bin", f".bin{INDEX}")
 
+# Of files that are checkpoints of their own, for hints only: what a file is, its content says.
+FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -118,5 +121,5 @@ def _dated(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def _hint(folder: Path) -> str:
-    inner = sorted((path for path in folder.iterdir() if path.is_dir()), key=natural)
-    return f"; it holds folders such as {inner[0].name}, give these" if inner else "; check the name"
+    inner = sorted((path for path in folder.iterdir() if path.is_dir() or path.suffix in FILE_SUFFIXES), key=natural)
+    return f"; it holds such as {inner[0].name}, give these one by one" if inner else "; check the name"

@@ -132,12 +132,21 @@ def _numbered(paths: Sequence[Path], first_epoch: int | None, select: Selection)
     """Epoch -> file, rising."""
     if first_epoch is not None:
         return dict(enumerate(sorted(paths, key=natural), start=first_epoch))
-    return by_epoch({path: _epoch_of(path, select) for path in paths})
+    named = by_epoch({path: epoch for path in paths if (epoch := epoch_in_name(path)) is not None})
+    for path in paths:
+        if path in named.values():
+            continue
+        epoch = _own_epoch(path, select)
+        if epoch in named:  # such as the last.ckpt beside the others
+            logger.info("%s: left out, it says that it is epoch %s, as %s is", path, epoch, named[epoch])
+        else:
+            named[epoch] = path
+    return dict(sorted(named.items()))
 
 
-def _epoch_of(path: Path, select: Selection) -> int:
-    epoch = epoch_in_name(path)
-    epoch = open_checkpoint(path, select.key).epoch if epoch is None else epoch
+def _own_epoch(path: Path, select: Selection) -> int:
+    """What a checkpoint without a number in its name says of itself."""
+    epoch = open_checkpoint(path, select.key).epoch
     if epoch is None:
         raise InputError(
             f"{path}: expected the epoch's number in the name, or in the file as epoch or step, found none;"

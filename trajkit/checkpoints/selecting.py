@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,7 +58,7 @@ def arrange(checkpoint: Checkpoint, selection: Selection, known: ParameterLayout
     Raises `LayoutError` naming a tensor that cannot be recorded, or copies that differ where the run has them tied, and
     `InputError` where nothing is selected.
     """
-    tensors = _selected(_unwrapped(checkpoint.tensors, known), selection, known, checkpoint.path)
+    tensors = _selected(_unwrapped(checkpoint.tensors, known), selection, known)
     for name, tensor in tensors.items():
         if tensor.refused is not None:
             raise LayoutError(f"'{name}' {tensor.refused}")
@@ -92,7 +91,7 @@ def _unwrapped(tensors: Mapping[str, StoredTensor], known: ParameterLayout | Non
 
 
 def _selected(
-    tensors: Mapping[str, StoredTensor], selection: Selection, known: ParameterLayout | None, path: Path
+    tensors: Mapping[str, StoredTensor], selection: Selection, known: ParameterLayout | None
 ) -> dict[str, StoredTensor]:
     def is_selected(name: str, tensor: StoredTensor) -> bool:
         matches = not selection.include or any(fnmatchcase(name, pattern) for pattern in selection.include)
@@ -104,7 +103,7 @@ def _selected(
     found = {name: tensor for name, tensor in tensors.items() if is_selected(name, tensor)}
     if not found:
         raise InputError(
-            f"{path}: none of its {len(tensors)} tensors is selected, expected one at least; it has"
+            f"none of the {len(tensors)} tensors is selected, expected one at least; there are"
             f" {', '.join(list(tensors)[:4])}, …; see --include, --exclude and --trainable-only"
         )
     return found

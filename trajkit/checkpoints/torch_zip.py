@@ -104,7 +104,7 @@ class TorchZip:
             return None
         try:
             return self._tensor(value)
-        except (ValueError, TypeError, IndexError) as error:
+        except Exception as error:  # arguments can be anything
             raise InputError(f"{self.file.path}: a tensor is damaged ({first_line(error)}); write it again") from error
 
     def _only_root(self) -> str:

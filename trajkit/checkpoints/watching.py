@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..run import NonFinite, PathLike, RunWriter
+from .folders import FILE_SUFFIXES
 from .importing import Imported, Importer
 from .naming import epoch_in_name, natural
 from .reading import open_checkpoint
@@ -21,7 +22,7 @@ from .stored import Checkpoint
 logger = logging.getLogger("trajkit")
 
 # What is taken for a checkpoint without a pattern: files of these names, and folders with such files in them.
-FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.safetensors")
+FILES = tuple(f"*{suffix}" for suffix in FILE_SUFFIXES)
 IN_FOLDERS = ("*.safetensors", "*.bin", "*.index.json", "*.distcp", ".metadata", "pytorch_model_fsdp_*")
 
 # Names of what is being written, and of what is not meant for others.
