@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import json
 import shutil
 import subprocess
@@ -69,6 +71,19 @@ def test_every_kind_of_tensor_is_recorded_bit_for_bit(
     save(model, tmp_path / "epoch0")
     key = "nets.a.b.g" if "by key" in request.node.name else None
     require_same(recorded(tmp_path / "epoch0", tmp_path, key=key), copied(model))
+
+
+def test_what_trainers_keep_beside_the_weights_does_no_harm(tmp_path: Path) -> None:
+    beside = {
+        "args": argparse.Namespace(lr=0.1, out=Path("out")),
+        "accuracy": np.float64(0.5),
+        "history": np.arange(3.0),
+        "counts": collections.defaultdict(list, a=[1]),
+        "seen": {1, 2},
+        "optimizer": torch.optim.Adam(nn.Linear(2, 2).parameters()).state_dict(),
+    }
+    torch.save({"model": awkward().state_dict(), **beside}, tmp_path / "epoch0.pt")
+    require_same(recorded(tmp_path / "epoch0.pt", tmp_path), copied(awkward()))
 
 
 # --- Hugging Face
@@ -327,9 +342,7 @@ def test_tensors_are_selected_by_patterns_of_their_names(tmp_path: Path) -> None
     ]
     assert "body.1.running_mean" not in selected(trainable_only=True)
     assert len(selected(trainable_only=True)) == 6
-    with pytest.raises(
-        InputError, match=r"none of the 9 tensors is selected, .* there are body.0.weight, body"
-    ):
+    with pytest.raises(InputError, match=r"none of the 9 tensors is selected, .* there are body.0.weight, body"):
         selected(include=("module.*",))
     import_checkpoints(tmp_path / "run", [tmp_path / "epoch0.pt"], select=Selection(include=("head.*",)))
     shutil.copy(tmp_path / "epoch0.pt", tmp_path / "epoch1.pt")

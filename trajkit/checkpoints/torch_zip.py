@@ -1,7 +1,7 @@
 """What `torch.save` writes: a zip with a pickle that says where each tensor stands, and the storages beside it.
 
 The pickle is read as a description (`pickles.py`) and the storages by their offsets, so that nothing is loaded before
-it is asked for. The rules on what may stand in the pickle are those of `torch.load(weights_only=True)`.
+it is asked for. As with `torch.load(weights_only=True)`, a pickle with names that are on no list is refused.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ STORAGES = {
     "ComplexDoubleStorage": "complex128",
 }
 
+# The names that PyTorch takes for safe, and some more that trainers keep beside the weights. None is looked up.
 ALLOWED = re.compile(
-    r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(bytearray|set|complex)"
+    r"collections\.(OrderedDict|Counter|defaultdict)|_codecs\.encode|argparse\.Namespace|pathlib\.PosixPath"
+    r"|builtins\.(bytearray|bool|bytes|complex|dict|float|frozenset|int|list|set|str|tuple)"
+    r"|numpy\.(dtype|ndarray)|numpy\.(_core|core)\.multiarray\.(scalar|_reconstruct)"
+    r"|(lightning|lightning_fabric|pytorch_lightning)\.(\w+\.)*AttributeDict"
     r"|torch\.(Size|Tensor|device|strided|sparse_\w+|(u?int|b?float|bool|complex|half|double|long|short|q)\w*|per_\w+)"
     r"|torch\.serialization\._get_layout|torch\.nn\.parameter\.(Parameter|Buffer)|torch\._tensor\._rebuild_from_type_v2"
     r"|torch(\.cuda|\.sparse|\.cuda\.sparse|\.storage)?\.([A-Z][A-Za-z0-9]*(Storage|Tensor))"
@@ -64,7 +68,7 @@ LAZY = "is a view with a lazy sign or conjugate, expected a dense real tensor wi
 
 
 def is_allowed(called: str) -> bool:
-    """Whether a pickle may have this name, which is not looked up: PyTorch's list, and what its user put on it."""
+    """Whether a pickle may have this name: it is on the list, or on that of `torch.serialization.add_safe_globals`."""
     return bool(ALLOWED.fullmatch(called)) or called in {
         item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
         for item in torch.serialization.get_safe_globals()
