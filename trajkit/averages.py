@@ -60,7 +60,8 @@ class Average:
         archive, n_epochs = self.run.archive, len(self.rows)
         steps = equal_steps(n_epochs) if self.decay is None else exponential_steps(n_epochs, self.decay)
         archive.check(WEIGHTS, np.array(self.rows), columns)
-        return averaged((archive.read(WEIGHTS, [row], columns)[0] for row in self.rows), steps)
+        epoch = np.empty((1, columns[1] - columns[0]), np.float32)
+        return averaged((archive.read(WEIGHTS, [row], columns, epoch)[0] for row in self.rows), steps)
 
     @property
     def values(self) -> TensorValues:

@@ -41,6 +41,7 @@ def new_files(folder: Path, old: Collection[str] = ()) -> Iterator[OpenAside]:
     in `old`, which stay until all the new ones have reached the disk.
     """
     asides: dict[str, Path] = {}
+    no_way_back = False
 
     @contextmanager
     def open_aside(name: str) -> Iterator[IO[bytes]]:
@@ -55,16 +56,18 @@ def new_files(folder: Path, old: Collection[str] = ()) -> Iterator[OpenAside]:
     try:
         yield open_aside
         *parts, head = asides
-        if set(parts) & set(old):
-            (folder / head).unlink(missing_ok=True)  # the old index would name some old parts and some new ones
+        if set(parts) & set(old):  # the old index would name some old parts and some new ones
+            no_way_back = True
+            (folder / head).unlink(missing_ok=True)
         for name, aside in asides.items():
             os.replace(aside, folder / name)
         for name in set(old) - set(asides):
             (folder / name).unlink()
         _sync(folder)
     finally:
-        for aside in asides.values():
-            aside.unlink(missing_ok=True)
+        if not no_way_back:  # else what has no name yet is all that there is of the new ones
+            for aside in asides.values():
+                aside.unlink(missing_ok=True)
 
 
 @contextmanager

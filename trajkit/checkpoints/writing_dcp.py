@@ -35,4 +35,4 @@ def write_dcp(source: Source, folder: Path, overwrite: bool) -> None:
         try:
             save(state, storage_writer=FileSystemWriter(aside), no_dist=True)
         except CheckpointException as error:  # no Exception
-            raise uncovered(next(iter(error.failures.values()))[0]) from error
+            raise uncovered(next(iter(error.failures.values()))[0]) from None

@@ -18,7 +18,7 @@ def write_pt(source: Source, target: Path, overwrite: bool) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            raise uncovered(error) from error
+            raise uncovered(error) from None
 
 
 def uncovered(error: BaseException) -> BaseException:

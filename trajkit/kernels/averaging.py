@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 Doubles = NDArray[np.float64]
 
+BLOCK = 1 << 15
+"""Weights whose steps are done while they are in the cache."""
+
 
 def equal_steps(n_epochs: int) -> list[float]:
     """How far `averaged` goes to each of e epochs so that all weigh the same (SWA): 1, 1/2, 1/3, …"""
@@ -27,15 +30,21 @@ def averaged(epochs: Iterable[NDArray[np.float32]], steps: Iterable[float]) -> D
     gives the epoch itself. No epoch at all is an error.
     """
     average: Doubles | None = None
+    motion = np.empty(BLOCK)
     for values, step in zip(epochs, steps, strict=True):
-        if average is None or step == 1:
+        if average is None:
             average = values.astype(np.float64)
             continue
         with np.errstate(invalid="ignore"):  # where infinite weights were recorded, the average is NaN
-            motion = values - average
-            motion *= step if step < 0.5 else step - 1  # from the nearer end, as torch.lerp does
-            motion += average if step < 0.5 else values
-        average = motion
+            for start in range(0, values.size, BLOCK):
+                here, target = average[start : start + BLOCK], values[start : start + BLOCK]
+                way = np.subtract(target, here, out=motion[: here.size], dtype=np.float64)
+                if step < 0.5:  # from the nearer end, as torch.lerp does
+                    way *= step
+                    here += way
+                else:
+                    way *= 1 - step
+                    np.subtract(target, way, out=here)
     if average is None:
         raise ValueError("no epoch to average")
     return average
