@@ -29,8 +29,8 @@ def write_dcp(source: Source, folder: Path, overwrite: bool) -> None:
     if others or (names and not overwrite):
         cure = "choose another folder" if others else "choose another folder or overwrite it (--force)"
         raise PathExistsError(f"{folder}: holds {(others or names)[0]} already; {cure}")
-    state = source.state_dict()
     with new_folder(folder) as aside, warnings.catch_warnings():
+        state = source.state_dict()
         warnings.simplefilter("ignore")  # that there is no process group: there is one process
         try:
             save(state, storage_writer=FileSystemWriter(aside), no_dist=True)

@@ -13,8 +13,8 @@ from .placing import new_files, require_free_file
 def write_pt(source: Source, target: Path, overwrite: bool) -> None:
     """Write a state dict, in memory once, whose tied tensors share memory; see `write_checkpoint`."""
     require_free_file(target, overwrite)
-    state = source.state_dict()
     with new_files(target.parent) as open_aside, open_aside(target.name) as file:
+        state = source.state_dict()
         try:
             torch.save(state, file)
         except RuntimeError as error:
