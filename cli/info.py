@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument
-@click.option(
-    "--epochs", "planned", type=click.IntRange(min=1), metavar="N", help="Say what N epochs in all take on the disk."
-)
+@click.option("--planned", type=click.IntRange(min=1), metavar="N", help="Say what N epochs in all take on the disk.")
 @json_option
 def info(run: str | Path, planned: int | None, as_json: bool) -> None:
     """Show what RUN holds: tensors, epochs, metrics, size on disk, and fits with their variance explained.
@@ -28,7 +26,7 @@ def info(run: str | Path, planned: int | None, as_json: bool) -> None:
     \b
     Example:
       trajkit info data/digits
-      trajkit info data/digits --epochs 100
+      trajkit info data/digits --planned 100
     """
     description = describe(trajkit.open_run(run), planned)
     if as_json:

@@ -11,6 +11,7 @@ from trajkit.errors import TrajkitError
 from .check import check
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .fit import fit
 from .info import info
 from .reconstruct import reconstruct
@@ -46,5 +47,5 @@ def main() -> None:
     """
 
 
-for _command in (record, fit, reconstruct, evaluate, info, check, verify, repair, demo):
+for _command in (record, fit, reconstruct, export, evaluate, info, check, verify, repair, demo):
     main.add_command(_command)

@@ -510,6 +510,7 @@ READS: list[Callable[[Run], object]] = [
     lambda run: [run.trajectory(entry.name) for entry in run.layout.weights],
     fit,
     lambda run: write_checkpoint(run, 1, run.path.parent / "never.safetensors"),
+    lambda run: write_checkpoint(run, 2, run.path.parent / "never", average="last:2", format="safetensors"),
 ]
 
 

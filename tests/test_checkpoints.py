@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file, save_model
 from test_recorder import Awkward, assert_same, copied
 from torch import nn
 
-from trajkit import Recorder, Run, fit, import_checkpoints, load_weights, open_run, write_checkpoint
-from trajkit.checkpoints import writing
+from trajkit import Recorder, Run, fit, import_checkpoints, load_weights, open_run, tensors, write_checkpoint
+from trajkit.checkpoints import placing
 from trajkit.checkpoints.naming import epoch_in_name
 from trajkit.errors import InputError, LayoutError, PathExistsError, TrajkitError, UnknownNameError
 
@@ -71,14 +71,14 @@ def test_the_safetensors_file_is_aligned_and_tells_its_origin(awkward_run: Run, 
 def test_tensors_are_streamed_slab_by_slab(digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = fit(digits_run).name
     whole = write_checkpoint(digits_run, 30, tmp_path / "whole.safetensors", fit=name).read_bytes()
-    monkeypatch.setattr(writing, "SLAB", 100)
+    monkeypatch.setattr(tensors, "SLAB", 100)
     assert write_checkpoint(digits_run, 30, tmp_path / "slabs.safetensors", fit=name).read_bytes() == whole
 
 
 def test_a_file_appears_whole_or_not_at_all(digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "old.safetensors").write_bytes(b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(writing.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(placing.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         for name, overwrite in (("new.safetensors", False), ("old.safetensors", True)):
             with pytest.raises(OSError, match="No space left"):
                 write_checkpoint(digits_run, 3, tmp_path / name, overwrite=overwrite)

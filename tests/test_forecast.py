@@ -128,13 +128,13 @@ def test_info_says_steps_and_what_is_planned(digits_path: Path, tmp_path: Path) 
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    shown = invoke(digits_path, "--epochs", 100)
+    shown = invoke(digits_path, "--planned", 100)
     assert "planned: 3,682 weights: 29.0 KiB and 0.011 s an epoch, 2.9 MiB for 100 epochs, of which 40 are th" in shown
     assert "GiB are free" in shown or "MiB are free" in shown or "TiB are free" in shown
     assert "(0 to 39) of 3,682 weights" in shown
     assert "29.0 KiB an epoch, written in 0.01062 s" in shown
     assert "planned" not in invoke(digits_path)
-    described = json.loads(invoke(digits_path, "--epochs", 100, "--json"))
+    described = json.loads(invoke(digits_path, "--planned", 100, "--json"))
     assert described["steps"] is None
     planned = described["forecast"]
     assert (planned["epochs"], planned["recorded"], planned["epoch_bytes"]) == (100, 40, described["epoch_bytes"])

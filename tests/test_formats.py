@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from test_recorder import Awkward, assert_same, copied
 from torch import Tensor, nn
 
-from trajkit import Recorder, import_checkpoints, open_run, repair
+from trajkit import Recorder, import_checkpoints, open_run, repair, write_checkpoint
 from trajkit.checkpoints.reading import open_checkpoint
 from trajkit.checkpoints.selecting import EVERYTHING, Selection, arrange
 from trajkit.checkpoints.stored import StoredFile
@@ -278,6 +278,24 @@ def test_a_sharded_folder_of_accelerate(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "state/pytorch_model_fsdp_0")
     require_same(recorded(tmp_path / "state", tmp_path), copied(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("epoch1.safetensors", {}),
+        ("epoch1", {"format": "safetensors", "max_shard_size": 100}),
+        ("epoch1.pt", {}),
+        ("epoch1.dcp", {"format": "dcp"}),
+    ],
+)
+def test_what_was_exported_is_recorded_again_bit_for_bit(name: str, options: Any, tmp_path: Path) -> None:
+    model = awkward()
+    with Recorder(model, tmp_path / "run", fsync=False) as recorder:
+        recorder.record(0)
+    write_checkpoint(tmp_path / "run", 0, tmp_path / name, **options)
+    import_checkpoints(tmp_path / "run", [tmp_path / name], fsync=False)
+    require_same(open_run(tmp_path / "run").state_dict(1), copied(model))
 
 
 # --- Piece by piece

@@ -112,7 +112,9 @@ def test_a_model_is_recorded_fitted_and_given_back(url: str, tmp_path: Path) -> 
     for array in ("mode", "scale", "mean", "correlation", "reference"):
         np.testing.assert_array_equal(getattr(fits[0], array), getattr(fits[1], array))
     files = [write_checkpoint(run, 5, tmp_path / f"{n}.safetensors", "mine") for n, run in enumerate((there, here))]
+    files += [write_checkpoint(run, 5, tmp_path / f"{n}.pt", average="last:3") for n, run in enumerate((there, here))]
     assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[2].read_bytes() == files[3].read_bytes()
     assert load_file(files[0]).keys() == model.state_dict().keys()
     torch.testing.assert_close(load_weights(url, 3)["0.weight"], load_weights(tmp_path / "run", 3)["0.weight"])
     table = evaluate(there, lambda state: float(state["0.bias"].sum()), fit="mine", epochs=[4, 5])

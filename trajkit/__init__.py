@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from .kernels.clustering import DistanceCut
     from .layout import ParameterLayout
     from .pipeline import fit, follow, update
-    from .run import Run, RunWriter, load_weights, open_run
+    from .run import Run, RunWriter, open_run
     from .store.repair import repair
     from .store.verify import verify
     from .training.evaluate import evaluate
     from .training.recorder import Recorder
+    from .weights import load_weights
 
 # Loaded when first asked for: torch, zarr and scikit-learn take seconds to import, and nobody needs them all.
 _HOMES = {
@@ -42,7 +43,7 @@ _HOMES = {
     "fit": "pipeline",
     "follow": "pipeline",
     "import_checkpoints": "checkpoints.importing",
-    "load_weights": "run",
+    "load_weights": "weights",
     "open_run": "run",
     "repair": "store.repair",
     "update": "pipeline",

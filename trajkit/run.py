@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .averages import Average, average_of
 from .decomposition import Decomposition
 from .errors import InputError, UnknownNameError
 from .layout import ParameterLayout, TensorEntry
@@ -39,15 +40,6 @@ def open_run(path: PathLike) -> Run:
     `DamagedRunError` where its metadata is damaged.
     """
     return Run(Archive.open(path))
-
-
-def load_weights(run: Run | PathLike, epoch: int, fit: str | None = None) -> dict[str, Any]:
-    """Name -> `torch.Tensor` of an epoch, as recorded or as modelled by a saved `fit`, for `Module.load_state_dict`.
-
-    Buffers are those recorded at the epoch. Raises `UnknownNameError` for an epoch or fit that does not exist.
-    """
-    run = run if isinstance(run, Run) else open_run(run)
-    return run.state_dict(epoch) if fit is None else run.fit(fit).state_dict(epoch)
 
 
 @dataclass(frozen=True)
@@ -84,6 +76,14 @@ class Run:
     def bad_epochs(self) -> tuple[int, ...]:
         """Epochs that `repair` has found damaged, rising; what takes all epochs leaves them out."""
         return tuple(self.epochs[sorted(self.archive.marks)].tolist())
+
+    @property
+    def last_epoch(self) -> int:
+        """The last recorded epoch that is not a bad one; raises `InputError` where all are."""
+        sound = self.rows_of(None)
+        if sound.size == 0:
+            raise InputError(f"{self.path}: all epochs are marked as bad, expected one that is not; heal one")
+        return int(self.epochs[sound[-1]])
 
     @cached_property
     def metrics(self) -> dict[int, dict[str, float]]:
@@ -178,6 +178,20 @@ class Run:
     def fit(self, name: str) -> Decomposition:
         """A saved fit; raises `UnknownNameError` naming those that exist."""
         return Decomposition(self, open_fit(self.archive.objects, name, self.layout))
+
+    def average(
+        self, epochs: str | Iterable[int] | None = None, ema: float | None = None, up_to: int | None = None
+    ) -> Average:
+        """The average of recorded epochs, of which nothing is read yet; those marked as bad are left out.
+
+        epochs: ``"last:10"``, the last ten up to `up_to`; or labels, such as ``range(30, 40)``. All weigh the same.
+        ema: instead, the decay in [0, 1) of an exponential moving average over all epochs up to `up_to`.
+        up_to: by default the last epoch.
+
+        Raises `InputError` for more epochs than there are, or for none; `UnknownNameError` for one that is not
+        recorded.
+        """
+        return average_of(self, epochs, ema, up_to)
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..layout import ITEMSIZE, MOST_DIMENSIONS
 from .naming import EPOCH, GLOBAL_STEP, number_in
 from .stored import Checkpoint, PlainTensor, StoredFile
-from .writing import SAFETENSORS_DTYPE
+from .writing_safetensors import SAFETENSORS_DTYPE
 
 # A tensor takes about 100 bytes of a header. The library itself would read 100 MB, in seconds and half a gigabyte.
 HEADER_LIMIT = 16 << 20

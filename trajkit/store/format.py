@@ -42,8 +42,8 @@ Order of writes: (1) the objects of the row, beyond the stored shapes and so inv
 (3) and (4) will need; (2) fsync of files and directories, all together; (3) the commit record, created exclusively, and
 fsync of its name; (4) the shapes grow, last of all in the group's consolidated metadata. The epoch is acknowledged; the
 names of (4) reach the disk with the next epoch or when the writer is closed. The first row writes the array metadata
-with zero epochs before (1), and the group's own ``zarr.json`` after (2). A writer that opens a run rolls forward (4) and clears the objects of (1) that no record names.
-Nothing committed is rewritten or deleted.
+with zero epochs before (1), and the group's own ``zarr.json`` after (2). A writer that opens a run rolls forward (4)
+and clears the objects of (1) that no record names. Nothing committed is rewritten or deleted.
 """
 
 from __future__ import annotations
