@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_recorder import Awkward, assert_same, copied
 from torch import Tensor, nn
+from trajkit_cli.main import main
 
 from trajkit import Recorder, Run, fit, load_weights, open_run, repair, tensors, write_checkpoint
 from trajkit.checkpoints import placing
@@ -28,7 +29,6 @@ from trajkit.checkpoints.writing_safetensors import split
 from trajkit.errors import InputError, PathExistsError, UnknownNameError
 from trajkit.layout import ParameterLayout, TensorEntry
 from trajkit.store.archive import Archive
-from trajkit_cli.main import main
 
 State = dict[str, Tensor]
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import correlated, vector_layout
+from trajkit_cli.main import main
 
 from trajkit import ParameterLayout, RunWriter, open_run, repair
 from trajkit.errors import InputError
 from trajkit.layout import TensorEntry
 from trajkit.store import format as store_format
 from trajkit.store.forecast import Forecast, forecast
-from trajkit_cli.main import main
 
 BUFFERS = [
     TensorEntry(name=f"buffer_{dtype}", shape=(5,), dtype=dtype, kind="buffer")
