@@ -87,7 +87,8 @@ def watched(inside: Iterable[Path], outside: Path) -> Iterator[None]:
     executed = [event for event, _ in seen if event in EXECUTING]
     assert not executed, executed
     touched = {os.path.abspath(os.fspath(path)) for _, path in seen if isinstance(path, str | bytes | os.PathLike)}
-    elsewhere = [path for path in touched if not path.startswith((*map(str, inside), *_own_places()))]
+    synced = {str(place.parent) for place in inside}  # for the name of a checkpoint that is written beside the run
+    elsewhere = [path for path in touched - synced if not path.startswith((*map(str, inside), *_own_places()))]
     assert not elsewhere, elsewhere
 
 
