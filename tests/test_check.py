@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import MakeRun, correlated, vector_layout
 from numpy.typing import NDArray
-from trajkit_cli.main import main
 
 import trajkit
 from trajkit import ParameterLayout, Run, RunWriter, check, open_run
@@ -22,6 +21,7 @@ from trajkit.health.reading import read_contents
 from trajkit.kernels.contents import contents_of
 from trajkit.layout import TensorEntry
 from trajkit.store.format import buffer_path
+from trajkit_cli.main import main
 
 Matrix = NDArray[np.float32]
 Buffers = dict[str, NDArray[Any]]

@@ -15,11 +15,11 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch import nn
+
+from trajkit import fit, load_weights, open_run
 from trajkit_cli.main import main
 from trajkit_cli.options import EpochRange
 from trajkit_cli.output import number, size
-
-from trajkit import fit, load_weights, open_run
 
 TRAJKIT = Path(sys.executable).parent / "trajkit"
 

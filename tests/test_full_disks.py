@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from faults import CHANGES, NEED_ROOM, Failing, When, not_waiting_for_the_disk, tree_of
 from safetensors.torch import save_file
 from scenarios import RUN, SCENARIOS, Scenario, Story, opening, recording, seen
-from trajkit_cli.main import main
 from wholeness import assert_whole
 
 from trajkit import RunWriter
 from trajkit.errors import InputError, TrajkitError
+from trajkit_cli.main import main
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 

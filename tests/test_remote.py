@@ -25,7 +25,6 @@ from obstore.store import MemoryStore
 from s3 import S3, Trouble, conflict, hanging, lost, process, s3_server, unavailable, wait_until
 from safetensors.torch import load_file
 from torch import nn
-from trajkit_cli.main import main
 
 import trajkit
 from trajkit import Recorder, RunWriter, evaluate, fit, load_weights, open_run, write_checkpoint
@@ -33,6 +32,7 @@ from trajkit.errors import DamagedRunError, InputError, PathExistsError, RunLock
 from trajkit.store import lease as lease_module
 from trajkit.store import remote
 from trajkit.store.remote import RemoteObjects
+from trajkit_cli.main import main
 
 LEASE_S = 1.5
 

@@ -16,7 +16,6 @@ from click.testing import CliRunner
 from conftest import correlated, vector_layout
 from counting import LAYOUT, append, epoch_values
 from obstore.store import MemoryStore
-from trajkit_cli.main import main
 
 import trajkit
 from trajkit import RunWriter, evaluate, fit, import_checkpoints, open_run, repair, verify, write_checkpoint
@@ -26,6 +25,7 @@ from trajkit.store import format as store_format
 from trajkit.store.format import METADATA
 from trajkit.store.lock import WriterLock
 from trajkit.store.remote import RemoteObjects
+from trajkit_cli.main import main
 
 N_EPOCHS = 5
 

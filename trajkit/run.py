@@ -241,7 +241,7 @@ class RunWriter:
         if self._nonfinite == "raise":
             _require_finite(layout, weights, f"{self.path}: epoch {label}")
         probe_index = draw_probe(layout) if self.layout is None else self._probe_index
-        self._writer.append(layout, EpochValues(label, weights, buffers, _plain(metrics or {})), probe_index)
+        self._writer.append(layout, EpochValues(label, weights, buffers, plain_metrics(metrics or {})), probe_index)
 
     @property
     def healable_epochs(self) -> tuple[int, ...]:
@@ -290,7 +290,7 @@ def _require_finite(layout: ParameterLayout, weights: NDArray[np.float32], where
     )
 
 
-def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Metrics as floats: numbers and 0-d arrays or tensors are taken."""
     if not isinstance(metrics, Mapping):
         raise InputError(f"metrics are a {type(metrics).__name__}, expected names and numbers; pass a dict")
