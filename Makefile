@@ -16,8 +16,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## the whole path on handwritten digits, under a minute
 	$(BIN)/trajkit demo
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## all tests, one process a core
+	$(BIN)/python -m pytest -n logical
 
 check: format-check lint types contracts test  ## everything that a change has to pass
 	@:

@@ -18,30 +18,42 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument
+@click.option(
+    "--epochs", "planned", type=click.IntRange(min=1), metavar="N", help="Say what N epochs in all take on the disk."
+)
 @json_option
-def info(run: str | Path, as_json: bool) -> None:
+def info(run: str | Path, planned: int | None, as_json: bool) -> None:
     """Show what RUN holds: tensors, epochs, metrics, size on disk, and fits with their variance explained.
 
     \b
     Example:
       trajkit info data/digits
+      trajkit info data/digits --epochs 100
     """
-    description = describe(trajkit.open_run(run))
+    description = describe(trajkit.open_run(run), planned)
     if as_json:
         echo_json(description)
     else:
         _echo(description)
 
 
-def describe(run: Run) -> dict[str, Any]:
-    """Everything that `info` shows, as plain values."""
+def describe(run: Run, planned: int | None = None) -> dict[str, Any]:
+    """Everything that `info` shows, as plain values; with a forecast for `planned` epochs, or of those there are."""
+    forecast = run.forecast(planned)
     fits = {name: run.fit(name) for name in run.fits}
     return {
         "run": str(run.path),
         "weights": run.layout.n_weights,
         "size_bytes": run.size_bytes,
-        "epoch_bytes": run.epoch_bytes,
+        "epoch_bytes": forecast.epoch_bytes,
         "epochs": run.epochs.tolist(),
+        "steps": None if run.steps is None else run.steps.tolist(),
+        "forecast": {
+            **vars(forecast),
+            "missing_bytes": forecast.missing_bytes,
+            "total_bytes": forecast.total_bytes,
+            "text": str(forecast),
+        },
         "bad_epochs": list(run.bad_epochs),
         "metrics": {str(epoch): metrics for epoch, metrics in run.metrics.items()},
         "tensors": run.layout.to_json(),
@@ -62,11 +74,15 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def _echo(run: dict[str, Any]) -> None:
-    epochs = run["epochs"]
+    epochs, steps, forecast = run["epochs"], run["steps"], run["forecast"]
+    labels = f"{epochs[0]} to {epochs[-1]}" + (f", steps {steps[0]} to {steps[-1]}" if steps else "")
+    seconds = "" if forecast["epoch_s"] is None else f", written in {number(forecast['epoch_s'])} s"
     click.echo(
-        f"{run['run']}: {len(epochs)} epochs ({epochs[0]} to {epochs[-1]}) of {run['weights']:,} weights,"
-        f" {size(run['size_bytes'])} on disk, {size(run['epoch_bytes'])} an epoch\n"
+        f"{run['run']}: {len(epochs)} epochs ({labels}) of {run['weights']:,} weights,"
+        f" {size(run['size_bytes'])} on disk, {size(run['epoch_bytes'])} an epoch{seconds}\n"
     )
+    if forecast["epochs"] > len(epochs):
+        click.echo(f"planned: {forecast['text']}\n")
     if run["bad_epochs"]:
         click.echo(f"bad, see trajkit verify: epoch {', '.join(map(str, run['bad_epochs']))}\n")
     fits = run["fits"]
@@ -84,18 +100,24 @@ def _echo(run: dict[str, Any]) -> None:
         total = [number(fit["variance_explained"]) for fit in fits.values()]
         rows.append(["variance explained, all weights", "", "", "", *total])
     echo_table(["tensor", "shape", "dtype", "kind", *(f"fit {name}" for name in fits)], rows)
-    _echo_metrics(run["metrics"])
+    _echo_metrics(run["metrics"], steps)
     for evaluation in run["evaluations"]:
         fit = evaluation["fit"] or "recorded weights alone"
         click.echo(f"\nevaluated {len(evaluation['epochs'])} epochs with {evaluation['function']}, fit: {fit}")
 
 
-def _echo_metrics(metrics: dict[str, dict[str, float]], shown: int = 10) -> None:
+def _echo_metrics(metrics: dict[str, dict[str, float]], steps: list[int] | None, shown: int = 10) -> None:
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     if not names:
         return
     click.echo("")
-    rows = [[epoch, *(number(values.get(name)) for name in names)] for epoch, values in metrics.items()]
-    echo_table(["epoch", *names], rows[-shown:])
+    labels = (
+        [[epoch, str(step)] for epoch, step in zip(metrics, steps, strict=True)] if steps else [[e] for e in metrics]
+    )
+    rows = [
+        [*label, *(number(values.get(name)) for name in names)]
+        for label, values in zip(labels, metrics.values(), strict=True)
+    ]
+    echo_table(["epoch", *(["step"] if steps else []), *names], rows[-shown:])
     if len(rows) > shown:
         click.echo(f"({len(rows) - shown} earlier epochs: trajkit info --json)")

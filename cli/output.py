@@ -13,6 +13,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trajkit.sizes import size as size
+
 Report = Callable[[int, int], None]
 
 
@@ -34,15 +36,6 @@ def echo_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> N
 def number(value: float | None) -> str:
     """A number with four significant digits, a dash for none."""
     return "-" if value is None else f"{value:.4g}"
-
-
-def size(n_bytes: float) -> str:
-    """A size in bytes, KiB, MiB, …"""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"
 
 
 def talk(logger: logging.Logger) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,10 +50,15 @@ def _echo(done: Repair) -> None:
     for damage in done.damages:
         if damage.row is None:
             click.echo(f"not cured: {damage}")
-    if done.bad_epochs:
-        epochs = ", ".join(map(str, done.bad_epochs))
-        click.echo(
-            f"epoch {epochs}: bad; its checkpoint heals it (trajkit record {done.run} …), or a copy of what is lost"
-        )
-    verdict = "usable" if done.damages else "sound"
+    healable = [epoch for epoch in done.bad_epochs if epoch not in done.lost_epochs]
+    if healable:
+        click.echo(f"epoch {_spelled(healable)}: bad; its checkpoint heals it (trajkit record {done.run} …), or a copy")
+    if done.lost_epochs:
+        click.echo(f"epoch {_spelled(done.lost_epochs)}: bad, its commit record is lost; restore it from a copy")
+    left = "usable" if len(done.bad_epochs) < done.epochs else "no epoch is sound"
+    verdict = left if done.damages else "sound"
     click.echo(f"{done.run}: {verdict}" if done.actions else f"{done.run}: {verdict}, nothing to do")
+
+
+def _spelled(epochs: Iterable[int]) -> str:
+    return ", ".join(map(str, epochs))

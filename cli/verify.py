@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument
-@click.option("--fast", "level", flag_value="fast", help="Read all metadata, and compare the lengths of all objects.")
+@click.option("--fast", is_flag=True, help="Read all metadata, and compare the lengths of all objects.")
 @click.option(
     "--sampled",
-    "level",
-    flag_value="sampled",
-    default="sampled",
+    is_flag=True,
     help="Hash the first and the last epoch and a tenth of the other objects too.  [default]",
 )
-@click.option("--full", "level", flag_value="full", help="Hash every object.")
+@click.option("--full", is_flag=True, help="Hash every object.")
 @quiet_option
 @json_option
-def verify(run: str | Path, level: Literal["fast", "sampled", "full"], quiet: bool, as_json: bool) -> None:
+def verify(run: str | Path, fast: bool, sampled: bool, full: bool, quiet: bool, as_json: bool) -> None:
     """Look for damage in RUN: objects that are missing, truncated, flipped, swapped or emptied.
 
     Nothing is changed, and a training may be recording. The exit code is 0 where all is sound, 1 where something is
-    damaged.
+    damaged, and where RUN cannot be looked at: then the error is on stderr and stdout is empty.
 
     \b
     Example:
       trajkit verify data/digits --full
     """
+    if fast + sampled + full > 1:
+        raise click.UsageError("--fast, --sampled and --full are three levels; choose one.")
     with progress("verifying", quiet) as report:
-        found = trajkit.verify(run, level, progress=report)
+        found = trajkit.verify(run, "fast" if fast else "full" if full else "sampled", progress=report)
     if as_json:
         damages = [{**vars(damage), "text": str(damage)} for damage in found.damages]
         echo_json({**vars(found), "run": str(found.run), "sound": found.sound, "damages": damages})

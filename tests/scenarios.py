@@ -32,7 +32,7 @@ from trajkit.errors import RunNotFoundError
 from trajkit.layout import TensorEntry
 from trajkit.store import format as store_format
 from trajkit.store.fits import FitShape, FitWriter
-from trajkit.store.format import BUFFERS, EPOCH, PROBE, WEIGHTS, all_arrays
+from trajkit.store.format import BUFFERS, EPOCH, PROBE, STEP, WEIGHTS, all_arrays
 
 Steps = Callable[[Path], Iterator[None]]
 """Does what is left to do to the run at a path; every `yield` acknowledges a step."""
@@ -69,13 +69,14 @@ def values_of(layout: ParameterLayout, epoch: int) -> tuple[np.ndarray[Any, Any]
     return weights.astype(np.float32), {dtype: (np.arange(size) + epoch).astype(dtype) for dtype, size in sizes}
 
 
-def recording(n_epochs: int, layout: ParameterLayout = counting.LAYOUT) -> Steps:
-    """Record until the run has so many epochs."""
+def recording(n_epochs: int, layout: ParameterLayout = counting.LAYOUT, with_steps: bool = False) -> Steps:
+    """Record until the run has so many epochs, with a training's steps or without."""
 
     def steps(path: Path) -> Iterator[None]:
         with RunWriter(path) as writer:
             for epoch in range(len(writer.epochs), n_epochs):
-                writer.append(layout, epoch, *values_of(layout, epoch), {"epoch": epoch})
+                step = 100 * epoch if with_steps else None
+                writer.append(layout, epoch, *values_of(layout, epoch), {"epoch": epoch}, step)
                 yield
 
     return steps
@@ -194,10 +195,14 @@ def _no_hard_links(*_: Any) -> None:
 
 SCENARIOS = [
     Scenario("create", (), (recording(1),)),
-    Scenario("create without hard links", (), (recording(1),), hard_links=False),
+    Scenario("create with steps, without hard links", (), (recording(1, with_steps=True),), hard_links=False),
     Scenario("record", (recording(2),), (recording(4),)),
     Scenario("record shards", (recording(1, SEVERAL_SHARDS),), (recording(2, SEVERAL_SHARDS),), sharded=True),
-    Scenario("record several dtypes", (recording(1, SEVERAL_DTYPES),), (recording(2, SEVERAL_DTYPES),)),
+    Scenario(
+        "record several dtypes and steps",
+        (recording(1, SEVERAL_DTYPES, with_steps=True),),
+        (recording(2, SEVERAL_DTYPES, with_steps=True),),
+    ),
     Scenario("fit", (recording(4),), (fitting("a"),)),
     Scenario("update", (recording(5), fitting("a", 3)), (updating("a"),)),
     Scenario("evaluate", (recording(2),), (evaluating(2),)),
@@ -220,6 +225,8 @@ def seen(path: Path) -> Content:
         if len(document["shape"]) == 2
     }
     content["epoch"] = _values(run.epochs)
+    if run.steps is not None:
+        content["step"] = _values(run.steps)
     content["probe_index"] = _values(run.probe_index)
     content["metrics"] = run.metrics
     content["evaluations"] = [evaluation.epochs for evaluation in run.evaluations]
@@ -298,7 +305,7 @@ def assert_tidy(path: Path) -> None:
     n_epochs = len(records)
     stored = {
         found.relative_to(path).as_posix()
-        for array in all_arrays(open_run(path).layout, 1, zstd=False)
+        for array in all_arrays(open_run(path).layout, 1, zstd=False, steps=True)
         for found in (path / array / "c").rglob("*")
         if found.is_file()
     }
@@ -313,7 +320,7 @@ def assert_goes_on(path: Path, expected: Content) -> None:
         epoch, layout = len(writer.epochs), writer.layout
         assert layout is not None
         weights, buffers = values_of(layout, epoch)
-        writer.append(layout, epoch, weights, buffers, {"epoch": epoch})
+        writer.append(layout, epoch, weights, buffers, {"epoch": epoch}, 100 * epoch if "step" in expected else None)
     after = seen(path)
     assert after.pop("metrics").pop(epoch) == {"epoch": epoch}
     for name, value in after.items():
@@ -327,7 +334,7 @@ def assert_goes_on(path: Path, expected: Content) -> None:
 
 def grows(name: str) -> bool:
     """Whether an array gets a row with each epoch."""
-    return name in (WEIGHTS, EPOCH, PROBE) or name.startswith(BUFFERS)
+    return name in (WEIGHTS, EPOCH, STEP, PROBE) or name.startswith(BUFFERS)
 
 
 # --- A scenario and its faults

@@ -34,6 +34,17 @@ def no_sync_of_blocks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalObjects, "sync", lambda *_: None)
 
 
+def no_sync_of_what_is_staged(patch: pytest.MonkeyPatch) -> None:
+    stage = LocalObjects.stage
+
+    def staged(self: LocalObjects, contents: Mapping[str, bytes]) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(LocalObjects, "_remember", lambda *_: None)
+            stage(self, contents)
+
+    patch.setattr(LocalObjects, "stage", staged)
+
+
 def no_sync_after_the_commit(patch: pytest.MonkeyPatch) -> None:
     create = LocalObjects.create_atomically
 
@@ -43,7 +54,6 @@ def no_sync_after_the_commit(patch: pytest.MonkeyPatch) -> None:
             create(self, key, data)
 
     patch.setattr(LocalObjects, "create_atomically", create_atomically)
-    patch.setattr(ArchiveWriter, "_grow", lambda _: None)  # its sync would cover it
 
 
 def commit_before_data(patch: pytest.MonkeyPatch) -> None:
@@ -60,16 +70,13 @@ def commit_before_data(patch: pytest.MonkeyPatch) -> None:
 
 
 def grow_before_the_commit(patch: pytest.MonkeyPatch) -> None:
-    write = ArchiveWriter._write
+    commit = ArchiveWriter._commit
 
-    def grown(self: ArchiveWriter, *arguments: Any) -> CommitRecord:
-        record = write(self, *arguments)
-        self.records = (*self.records, record)
-        self._grow()
-        self.records = self.records[:-1]
-        return record
+    def grown(self: ArchiveWriter, record: CommitRecord, data: bytes) -> None:
+        self._grow(self._grown(record.row + 1))
+        commit(self, record, data)
 
-    patch.setattr(ArchiveWriter, "_write", grown)
+    patch.setattr(ArchiveWriter, "_commit", grown)
 
 
 def write_in_place(patch: pytest.MonkeyPatch) -> None:
@@ -155,6 +162,8 @@ CAUGHT_BY_POWER_CUTS = [
     (no_sync_of_names, "create"),
     (no_sync_of_names, "fit"),
     (no_sync_of_names, "evaluate"),
+    (no_sync_of_what_is_staged, "record"),
+    (no_sync_of_what_is_staged, "create"),
     (no_sync_of_blocks, "fit"),
     (no_sync_of_blocks, "update"),
     (no_sync_after_the_commit, "record"),

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -219,6 +220,9 @@ def test_nothing_there_and_something_else_there(url: str, bucket: Any) -> None:
     for wrong in ("s3://", "ftp://host/run", "s3:///"):
         with pytest.raises(InputError, match="expected a URL such as s3://bucket/run"):
             open_run(wrong)
+    for path in ("s3:/bucket/run", Path("s3://bucket/run")):
+        with pytest.raises(InputError, match="s3:/bucket/run: a path, expected s3://bucket/run; write two slashes"):
+            RunWriter(path)
 
 
 # --- Trouble on the way
@@ -321,6 +325,17 @@ def test_a_killed_writer_loses_nothing_and_gives_way(url: str) -> None:
     record(url, found + 1)
     assert time.monotonic() - began > LEASE_S / 2  # the dead one's lease had to run out
     assert_whole(url, found + 1)
+
+
+def test_a_writer_whose_lease_somebody_deletes_acknowledges_nothing(url: str, bucket: Any) -> None:
+    with RunWriter(url) as writer:
+        append(writer, 0)
+        bucket.Object("runs/first/epoch/locks/writer").delete()
+        with pytest.raises((InputError, RunLockedError), match=r"has lost the run to another|has taken the run over"):
+            append(writer, 1)
+    assert_whole(url, 1)
+    record(url, 3)
+    assert_whole(url, 3)
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -430,6 +445,24 @@ def test_profiles_are_used_where_boto3_is(url: str, tmp_path: Path, monkeypatch:
     remote._client.cache_clear()
     record(url, 2)
     assert_whole(url, 2)
+
+
+def test_a_profile_that_does_not_exist_is_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    remote._client.cache_clear()
+    result = CliRunner().invoke(main, ["info", f"{url}-by-nobody"])
+    remote._client.cache_clear()
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: the credentials for AWS cannot be found (")
+    assert result.output.endswith("check AWS_PROFILE\n")
+    assert result.output.count("\n") == 1
+
+
+def test_what_to_install_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    result = CliRunner().invoke(main, ["verify", "s3://bucket/run"])
+    assert result.output == "Error: runs in object stores need obstore; pip install 'trajkit[cloud]'\n"
 
 
 def test_objects_have_names_and_lengths(url: str) -> None:

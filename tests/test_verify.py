@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,11 +20,12 @@ from obstore.store import MemoryStore
 
 import trajkit
 from trajkit import RunWriter, evaluate, fit, import_checkpoints, open_run, repair, verify, write_checkpoint
-from trajkit.errors import DamagedRunError, InputError, RunLockedError, RunNotFoundError, StorageError
+from trajkit.errors import DamagedRunError, InputError, RunLockedError, RunNotFoundError, StorageError, TrajkitError
 from trajkit.store import examination, remote
 from trajkit.store import format as store_format
 from trajkit.store.format import METADATA
 from trajkit.store.lock import WriterLock
+from trajkit.store.objects import LocalObjects
 from trajkit.store.remote import RemoteObjects
 from trajkit_cli.main import main
 
@@ -196,7 +198,7 @@ def test_what_an_interrupted_recording_left_is_no_damage(run_path: Path) -> None
 def test_a_run_is_verified_while_it_is_recorded(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shapes lag behind its records for an instant, and its next row is half written."""
     with RunWriter(run_path) as writer:
-        monkeypatch.setattr("trajkit.store.writer.ArchiveWriter._grow", lambda _: None)
+        monkeypatch.setattr("trajkit.store.writer.ArchiveWriter._grow", lambda *_: None)
         append(writer, N_EPOCHS)
         shutil.copytree(run_path / "weights/c/1", run_path / "weights/c/6")
         found = verify(run_path, "full")
@@ -335,6 +337,65 @@ def test_attributes_of_ones_own_survive_a_repair(run_path: Path) -> None:
     assert json.loads((run_path / METADATA).read_bytes())["attributes"]["mine"] == 3
 
 
+IN_PLACE_OF = ["weights/c/2/0", "epoch/commits/00000002.json", "epoch/layout.json", "weights/zarr.json", METADATA]
+
+
+@pytest.mark.parametrize("what", ["folder", "link", "pipe"])
+@pytest.mark.parametrize("key", [*IN_PLACE_OF, "fits/plain/zarr.json", "evaluations/0000/zarr.json"])
+def test_what_stands_in_the_place_of_an_object_is_found_and_moved(key: str, what: str, run_path: Path) -> None:
+    """Even a link to a sound copy: what it leads to can change without the run."""
+    place, copy, checkpoint = run_path / key, run_path.parent / "copy", run_path.parent / "epoch2.pt"
+    write_checkpoint(run_path, 2, checkpoint)
+    place.rename(copy)
+    if what == "folder":
+        place.mkdir()
+        (place / "of somebody").write_text("kept")
+    elif what == "link":
+        place.symlink_to(copy)
+    else:
+        os.mkfifo(place)
+    assert any(damage.key.startswith(key.rpartition("/")[0]) for damage in verify(run_path, "full").damages)
+    done = repair(run_path)
+    assert done.bad_epochs == ((2,) if key in IN_PLACE_OF[:2] else ())
+    assert open_run(run_path).rows_of(None).size == N_EPOCHS - len(done.bad_epochs)
+    assert repair(run_path).actions == ()
+    if key == "weights/c/2/0":
+        assert [imported.healed for imported in import_checkpoints(run_path, [checkpoint])] == [True]
+        assert verify(run_path, "full").sound
+    assert len(list(run_path.glob(f"epoch/aside/*/{key}"))) == 1
+    assert copy.read_bytes()
+
+
+def test_metadata_that_the_disk_does_not_give_back_is_damage(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ("epoch/commits/00000002.json", "weights/zarr.json", "fits/plain/zarr.json")
+    read = LocalObjects.read
+
+    def broken(self: LocalObjects, key: str) -> bytes:
+        if key in keys:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, key)
+
+    monkeypatch.setattr(LocalObjects, "read", broken)
+    found = {damage.key: damage.what for damage in verify(run_path, "full").damages}
+    assert found.keys() == set(keys)
+    assert all("Input/output error" in what for what in found.values())
+    with pytest.raises(DamagedRunError, match=r"weights/zarr.json cannot be read \(Input/output error\)"):
+        open_run(run_path)
+
+
+def test_a_run_without_a_sound_epoch_is_not_called_usable(run_path: Path) -> None:
+    for epoch in range(N_EPOCHS):
+        (run_path / f"weights/c/{epoch}/0").write_bytes(b"")
+    (run_path / "epoch/commits/00000003.json").unlink()
+    result = invoke("repair", str(run_path), "-q")
+    assert result.exit_code == 1
+    assert "epoch 0, 1, 2, 4: bad; its checkpoint heals it" in result.output
+    assert "epoch 3: bad, its commit record is lost; restore it from a copy" in result.output
+    assert result.output.endswith("no epoch is sound\n")
+    with pytest.raises(TrajkitError, match=r"all its epochs|every epoch|no epoch"):
+        trajkit.check(run_path)
+
+
 # --- Side by side
 
 
@@ -422,6 +483,7 @@ def invoke(*arguments: str) -> Any:
 
 def test_the_commands_say_what_they_found_and_exit_by_it(run_path: Path) -> None:
     place = str(run_path)
+    assert invoke("verify", place, "--fast", "--full").exit_code == 2
     for level in ("--fast", "--sampled", "--full"):
         result = invoke("verify", place, level, "-q")
         assert (result.exit_code, result.output.count("sound")) == (0, 1), result.output

@@ -18,7 +18,9 @@ from .layout import ParameterLayout, TensorEntry
 from .store.archive import Archive
 from .store.evaluations import Evaluation, read_evaluations
 from .store.fits import fit_names, open_fit
+from .store.forecast import Forecast, forecast
 from .store.format import PROBE, WEIGHTS, buffer_path
+from .store.pieces import WeightSource as WeightSource
 from .store.place import PathLike as PathLike
 from .store.probe import draw_probe
 from .store.writer import EpochValues, open_writer
@@ -72,6 +74,12 @@ class Run:
         """(E,) recorded labels, rising."""
         return np.array([record.epoch for record in self.archive.records], dtype=np.int64)
 
+    @cached_property
+    def steps(self) -> NDArray[np.int64] | None:
+        """(E,) the training's step at each epoch, rising; None where the run was recorded without steps."""
+        steps = [record.step for record in self.archive.records if record.step is not None]
+        return np.array(steps, dtype=np.int64) if steps else None
+
     @property
     def bad_epochs(self) -> tuple[int, ...]:
         """Epochs that `repair` has found damaged, rising; what takes all epochs leaves them out."""
@@ -109,7 +117,7 @@ class Run:
             return np.array([row for row in range(len(self.epochs)) if row not in self.archive.marks], dtype=np.int64)
         if isinstance(epochs, str) or not isinstance(epochs, Iterable):
             raise InputError(f"epochs is {epochs!r}, expected several integers; pass a list or a range")
-        rows = np.array(sorted(self.row_of(_label(epoch)) for epoch in epochs), dtype=np.int64)
+        rows = np.array(sorted(self.row_of(_label(epoch, "epoch")) for epoch in epochs), dtype=np.int64)
         if np.any(np.diff(rows) == 0):
             twice = self.epochs[rows[:-1][np.diff(rows) == 0][0]]
             raise InputError(f"epoch {twice} is named twice, expected each once; name it once")
@@ -183,8 +191,13 @@ class Run:
 
     @property
     def epoch_bytes(self) -> int:
-        """Bytes that the last epoch takes on disk."""
-        return self.archive.records[-1].size
+        """Bytes that an epoch takes on disk, on average."""
+        return self.forecast().epoch_bytes
+
+    def forecast(self, epochs: int | None = None) -> Forecast:
+        """What so many epochs take, by what those took that are recorded; of these alone when None."""
+        recorded = self.archive.records
+        return forecast(self.layout, len(recorded) if epochs is None else epochs, self.path, recorded)
 
 
 class RunWriter:
@@ -228,20 +241,30 @@ class RunWriter:
         self,
         layout: ParameterLayout,
         epoch: int,
-        weights: NDArray[np.float32],
+        weights: WeightSource,
         buffers: Mapping[str, NDArray[Any]],
         metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
     ) -> None:
         """Record one epoch: `weights` (N,) and `buffers`, stored dtype -> (size,), as `layout` places them.
 
+        `weights` are a float32 array, or anything with a `size` and slices that are such arrays: slices are asked for
+        from left to right, each once and of at most 64 MiB, so that a large model need never be in memory as a whole.
+
+        `step` is the training's global step, a second label: every epoch of a run has one, or none has.
+
         The epoch is recorded when this returns. Raises `LayoutError` where `layout` is not the run's, and
-        `InputError` for an epoch that is not later than the last one, or for NaN or infinite weights.
+        `InputError` for an epoch or a step that is not later than the last one, or for NaN or infinite weights.
         """
         label = self.require_next(epoch)
-        if self._nonfinite == "raise":
-            _require_finite(layout, weights, f"{self.path}: epoch {label}")
+        step = self.require_step(label, step)
+        values = EpochValues(label, weights, buffers, plain_metrics(metrics or {}), step, self._nonfinite == "raise")
         probe_index = draw_probe(layout) if self.layout is None else self._probe_index
-        self._writer.append(layout, EpochValues(label, weights, buffers, plain_metrics(metrics or {})), probe_index)
+        self._writer.append(layout, values, probe_index)
+
+    def forecast(self, layout: ParameterLayout, epochs: int, steps: bool = False) -> Forecast:
+        """What so many epochs of a layout take, those that are recorded among them; `steps` before the first."""
+        return forecast(layout, epochs, self.path, self._writer.records, steps)
 
     @property
     def healable_epochs(self) -> tuple[int, ...]:
@@ -252,42 +275,36 @@ class RunWriter:
         self,
         layout: ParameterLayout,
         epoch: int,
-        weights: NDArray[np.float32],
+        weights: WeightSource,
         buffers: Mapping[str, NDArray[Any]],
     ) -> tuple[str, ...]:
         """Put back the damaged objects of a bad epoch from its values, as for `append`; their keys.
 
         Raises `InputError` unless the values are bit for bit those that were recorded.
         """
-        return self._writer.heal(layout, EpochValues(_label(epoch), weights, buffers, {}), self._probe_index)
+        return self._writer.heal(layout, EpochValues(_label(epoch, "epoch"), weights, buffers, {}), self._probe_index)
 
     def require_next(self, epoch: int) -> int:
         """`epoch` as an integer, if it can be recorded next; raises `InputError`."""
-        label = _label(epoch)
+        label = _label(epoch, "epoch")
         self._writer.require_next(label)
         return label
+
+    def require_step(self, epoch: int, step: int | None) -> int | None:
+        """`step` as an integer, if it can be that of the next `epoch`; raises `InputError`."""
+        step = None if step is None else _label(step, "step")
+        self._writer.require_step(epoch, step)
+        return step
 
     @cached_property
     def _probe_index(self) -> NDArray[np.int64]:
         return open_run(self.path).probe_index
 
 
-def _label(epoch: Any) -> int:
-    if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
-        raise InputError(f"epoch is {epoch!r}, expected an integer; pass the number of the epoch")
-    return int(epoch)
-
-
-def _require_finite(layout: ParameterLayout, weights: NDArray[np.float32], where: str) -> None:
-    finite = np.isfinite(weights)
-    if finite.all():
-        return
-    first = int(np.argmin(finite))
-    raise InputError(
-        f"{where}: '{layout.weight_at(first)}' has {weights[first]}, {weights.size - int(finite.sum())} of"
-        f" {weights.size} weights are not finite, expected finite weights; record with nonfinite='record'"
-        " (--nonfinite record) to keep them"
-    )
+def _label(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(f"{what} is {value!r}, expected an integer; pass the number of the {what}")
+    return int(value)
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -166,7 +166,7 @@ def committed_documents(
         raise DamagedRunError(
             f"{objects.root}: the layout in {METADATA} is not the one that was recorded; restore {METADATA} from a copy"
         )
-    documents = checked_documents(objects, layout)
+    documents = checked_documents(objects, layout, steps=records[0].step is not None)
     for record in records:
         if isinstance(record, LostRecord):
             continue
@@ -180,17 +180,17 @@ def committed_documents(
     return documents
 
 
-def checked_documents(objects: Objects, layout: ParameterLayout) -> dict[str, dict[str, Any]]:
+def checked_documents(objects: Objects, layout: ParameterLayout, steps: bool) -> dict[str, dict[str, Any]]:
     """Path -> ``zarr.json`` of every array of a run, as stored, rows included.
 
-    The layout decides all of it but the number of probe weights and the codec, so a document that says something else
-    is damaged, and `DamagedRunError` names it.
+    The layout, and whether there are steps, decide all of it but the number of probe weights and the codec, so a
+    document that says something else is damaged, and `DamagedRunError` names it.
     """
-    stored = {path: read_document(objects, f"{path}/{METADATA}") for path in all_arrays(layout, 1, zstd=False)}
+    stored = {path: read_document(objects, f"{path}/{METADATA}") for path in all_arrays(layout, 1, False, steps)}
     n_probe = first_length(stored[PROBE_INDEX])
     if not 1 <= n_probe <= layout.n_weights:
         raise DamagedRunError(f"{objects.root}: {PROBE_INDEX}/{METADATA} has {n_probe} probe weights; restore it")
-    possible = [all_arrays(layout, n_probe, zstd) for zstd in (False, True)]
+    possible = [all_arrays(layout, n_probe, zstd, steps) for zstd in (False, True)]
     for path, document in stored.items():
         if not any(_same_array(document, expected[path]) for expected in possible):
             raise DamagedRunError(

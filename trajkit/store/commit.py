@@ -12,7 +12,7 @@ from ..digest import ALGORITHM, canonical_json, digest
 from ..documents import parse, require_fields, require_kind
 from ..errors import DamagedRunError
 from .damage import Damage, Mark, require_sound
-from .format import COMMITS, ROW_FILE, commit_key, read_metrics, spell_metrics
+from .format import COMMITS, ROW_FILE, commit_key, read_labelled, read_metrics, spell_labelled, spell_metrics
 from .place import Objects
 from .root import read_small
 
@@ -54,7 +54,11 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """One recorded epoch. `seconds` is the wall time that writing it took, `recorded_at` is ISO 8601 in UTC."""
+    """One recorded epoch. `recorded_at` is ISO 8601 in UTC, `seconds` the wall time that writing its objects took,
+    without the wait for the disk.
+
+    All records of a run have a `step`, or none has; it is left out where there is none.
+    """
 
     row: int
     epoch: int
@@ -65,10 +69,12 @@ class CommitRecord:
     writer: str
     previous: str | None
     objects: Mapping[str, StoredObject]
+    step: int | None = None
 
     def _canonical(self) -> bytes:
         objects = {key: [stored.length, stored.hash] for key, stored in self.objects.items()}
-        return canonical_json({**vars(self), "metrics": spell_metrics(self.metrics), "objects": objects})
+        fields = {**vars(self), "metrics": spell_metrics(self.metrics), "objects": objects}
+        return canonical_json(spell_labelled(fields))
 
     @property
     def hash(self) -> str:
@@ -93,7 +99,7 @@ class LostRecord(CommitRecord):
     @classmethod
     def of(cls, mark: Mark) -> LostRecord:
         """What a mark knows of the record."""
-        return cls(mark.row, mark.epoch, {}, "", 0.0, str(mark.layout), "", None, {})
+        return cls(mark.row, mark.epoch, {}, "", 0.0, str(mark.layout), "", None, {}, mark.step)
 
 
 def read_records(objects: Objects, marks: Mapping[int, Mark]) -> tuple[CommitRecord, ...]:
@@ -129,7 +135,7 @@ def _record_of(objects: Objects, row: int, mark: Mark | None) -> tuple[CommitRec
     """A row's record and its hash, or what is wrong with it."""
     try:
         return _decode(objects, row)
-    except (ValueError, TypeError) as error:  # TypeError: a field that is not ours
+    except (ValueError, TypeError, DamagedRunError) as error:  # TypeError: a field that is not ours
         if mark is not None and mark.layout is not None:
             return LostRecord.of(mark), None
         missing = not objects.exists(commit_key(row))
@@ -139,19 +145,24 @@ def _record_of(objects: Objects, row: int, mark: Mark | None) -> tuple[CommitRec
 
 def _follows(record: CommitRecord, row: int, before: CommitRecord | Damage | None, before_hash: str | None) -> bool:
     """Whether a record belongs behind the one before it, as far as that is known."""
-    if record.row != row or (isinstance(before, CommitRecord) and record.epoch <= before.epoch):
+    if record.row != row or (isinstance(before, CommitRecord) and not _rises(record, before)):
         return False
     known = not isinstance(record, LostRecord) and not isinstance(before, LostRecord | Damage)
     return not known or record.previous == before_hash
+
+
+def _rises(record: CommitRecord, before: CommitRecord) -> bool:
+    """Whether epoch and step come after those of the record before, which has a step, too, or has none either."""
+    if record.step is None or before.step is None:
+        return record.epoch > before.epoch and record.step is before.step
+    return record.epoch > before.epoch and record.step > before.step
 
 
 def _decode(objects: Objects, row: int) -> tuple[CommitRecord, str]:
     document = require_fields(parse(read_small(objects, commit_key(row))), {"record": dict, ALGORITHM: str})
     if digest(canonical_json(document["record"])) != document[ALGORITHM]:
         raise ValueError("its content does not match its hash")
-    fields = require_fields(document["record"], RECORD_FIELDS)
-    if not -(2**63) <= fields["epoch"] < 2**63:
-        raise ValueError(f"epoch {fields['epoch']} is no 64-bit integer")
+    fields = read_labelled(document["record"], RECORD_FIELDS)
     fields["metrics"] = read_metrics(fields["metrics"])
     fields["objects"] = {key: StoredObject.from_json(stored) for key, stored in fields["objects"].items()}
     return CommitRecord(**fields), document[ALGORITHM]

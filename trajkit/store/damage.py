@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import TypeVar
 
-from ..documents import parse, require_fields
+from ..documents import parse
 from ..errors import DamagedRunError
-from .format import ASIDE, BAD, ROW_FILE
+from .format import ASIDE, BAD, ROW_FILE, read_labelled, spell_labelled
 from .place import Objects
 from .root import read_small
 
@@ -44,23 +44,23 @@ def require_sound(objects: Objects, found: Iterable[Sound | Damage]) -> Iterator
 
 
 def move_aside(objects: Objects, key: str, folder: str) -> None:
-    """Move an object, if there is one, to ``epoch/aside/<folder>``."""
-    if objects.exists(key):
-        objects.move(key, f"{ASIDE}/{folder}/{key}")
+    """Move what is in the place of an object, if anything is, to ``epoch/aside/<folder>``."""
+    objects.move(key, f"{ASIDE}/{folder}/{key}")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Says that an epoch is damaged. `layout` is the run's where the commit record itself is lost."""
+    """Says that an epoch is damaged. Where its commit record is lost, `layout` is the run's and `step` the epoch's."""
 
     row: int
     epoch: int
     what: str
     layout: str | None = None
+    step: int | None = None
 
     def to_bytes(self) -> bytes:
         """The content of the mark's object."""
-        return json.dumps(vars(self)).encode()
+        return json.dumps(spell_labelled(vars(self))).encode()
 
 
 def mark_key(row: int) -> str:
@@ -80,8 +80,8 @@ def examine_marks(objects: Objects) -> Iterator[Mark | Damage]:
             continue
         key = f"{BAD}/{name}"
         try:
-            mark = Mark(**require_fields(parse(read_small(objects, key)), MARK_FIELDS))
-            if key != mark_key(mark.row) or not -(2**63) <= mark.epoch < 2**63:
+            mark = Mark(**read_labelled(parse(read_small(objects, key)), MARK_FIELDS))
+            if key != mark_key(mark.row):
                 raise ValueError("it belongs to no row")
             yield mark
         except (ValueError, TypeError) as error:  # TypeError: a field that is not ours

@@ -5,7 +5,6 @@ Unlike a reader it does not stop at the first damage, and does without whatever 
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -46,7 +45,7 @@ from .format import (
     commit_key,
     group_document,
 )
-from .objects import DamagedObjectError, require_content, require_length
+from .objects import DAMAGED_DISK, DamagedObjectError, require_content, require_length
 from .place import Objects
 from .raw import CHECKSUM_BYTES
 from .root import layout_copy, layout_of_root, metadata_key, read_document, root_document, with_arrays
@@ -54,8 +53,6 @@ from .writer import WRITER
 
 Progress = Callable[[int, int], None]
 
-DAMAGED_DISK = (errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN)
-"""What a file system says of a file that it cannot give back."""
 THREADS_A_CORE = 2
 """One hashes while another waits for the disk."""
 PROBE_BYTES = 4
@@ -123,6 +120,8 @@ class Examination:
             look()
         except DamagedObjectError as damage:
             what = damage.what
+        except DamagedRunError as error:  # a link or a device in its place
+            what = f"is {_reason(self.objects, key, error)}"
         except FileNotFoundError:
             what = "is missing"
         except OSError as error:
@@ -264,7 +263,7 @@ def _documents_for(record: CommitRecord, layout: ParameterLayout) -> dict[str, d
     if not 1 <= n_probe <= layout.n_weights:
         raise ValueError(f"it has {n_probe} probe weights")
     for zstd in (False, True):
-        documents = all_with_rows(all_arrays(layout, n_probe, zstd), record.row + 1)
+        documents = all_with_rows(all_arrays(layout, n_probe, zstd, record.step is not None), record.row + 1)
         try:
             require_objects(record.objects, parts_of_row(documents, record.row))
             return documents

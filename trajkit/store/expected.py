@@ -52,6 +52,15 @@ def require_objects(found: Mapping[str, StoredObject], parts: Iterable[Part]) ->
                 raise ValueError(f"it says that {key} has {found[key].length} bytes, expected {expected}")
 
 
+def row_bytes(parts: Iterable[Part]) -> int:
+    """Bytes of the objects of a row of raw arrays; of packed ones, the fewest that they can have."""
+    total = 0
+    for _, document, region in parts:
+        whole, cut = _lengths(document)
+        total += (_count(document, region) - 1) * whole.start + cut.start
+    return total
+
+
 def _count(document: Mapping[str, Any], region: Region) -> int:
     return math.prod(_objects_along(document, region))
 

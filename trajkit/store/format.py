@@ -10,6 +10,8 @@ node                  dtype      dimensions          content
                                                      consolidated metadata of the arrays
 ``weights``           float32    (epoch, weight)     the flat weight vectors
 ``epoch``             int64      (epoch)             the recorded labels, strictly rising; the coordinate
+``step``              int64      (epoch)             the training's global step at each, strictly rising; only where
+                                                     every epoch was recorded with one
 ``probe``             float32    (epoch, probe_weight) the values of the probe weights once more
 ``probe_index``       int64      (probe_weight)      their indices in the flat vector, rising
 ``buffers/<dtype>``   <dtype>    (epoch, <dtype>)    the buffers of one stored dtype, exactly
@@ -23,23 +25,24 @@ float32, where they are exact.
 
 **Chunks.** No stored object holds two epochs. A chunk is (1, c) with c of about 128 Ki values, one chunk when N is
 smaller; where there are several, c is a multiple of 8192 and 128 chunks at most, 64 MiB, form a shard (1, s·c).
-Codecs: little-endian bytes; zstd level 1 where it saves at least 15 % on the first epoch (bfloat16 weights do);
-crc32c last. Fill value NaN for floats; chunks equal to the fill value are written all the same, so that an object
-that is missing is always damage.
+Codecs: little-endian bytes; zstd level 1 where it saves at least 15 % on the first object of the first epoch (bfloat16
+weights do); crc32c last. Fill value NaN for floats; chunks equal to the fill value are written all the same, so that an
+object that is missing is always damage.
 
 **Commit.** What `append` acknowledges is a commit record, ``epoch/commits/<row, 8 digits>.json``: the JSON object
 ``{"record": {…}, "blake3": hash of the canonical record}``. It names every object of the row with its length and
-BLAKE3 hash, the epoch, its metrics, the layout's hash, the writer and the hash of the previous record; the first record
-also names the objects of ``probe_index``. A run has as many epochs as it has commit records without a gap; a shape in a
-``zarr.json`` may lag behind them by a crash, and never runs ahead. Zarr lists nothing below an array, so records, locks
-and temporary files (``epoch/tmp``) under ``epoch`` disturb no other reader. Nor does the second copy of the layout,
-``epoch/layout.json``, and what repair writes: marks of damaged epochs (``epoch/bad``) and what it moved out of the way
-(``epoch/aside``).
+BLAKE3 hash, the epoch, its step where the run has them, its metrics, the layout's hash, the writer and the hash of the
+previous record; the first record also names the objects of ``probe_index``. A run has as many epochs as it has commit
+records without a gap; a shape in a ``zarr.json`` may lag behind them by a crash, and never runs ahead. Zarr lists
+nothing below an array, so records, locks and temporary files (``epoch/tmp``) under ``epoch`` disturb no other reader.
+Nor does the second copy of the layout, ``epoch/layout.json``, and what repair writes: marks of damaged epochs
+(``epoch/bad``) and what it moved out of the way (``epoch/aside``).
 
-Order of writes: (1) the objects of the row, beyond the stored shapes and so invisible; (2) fsync of files and
-directories, all together; (3) the commit record, created exclusively; (4) the shapes grow, last of all in the group's
-consolidated metadata. The first row writes the array metadata with zero epochs before (1), and the group's own
-``zarr.json`` after (2). A writer that opens a run rolls forward (4) and clears the objects of (1) that no record names.
+Order of writes: (1) the objects of the row, beyond the stored shapes and so invisible, and under temporary names what
+(3) and (4) will need; (2) fsync of files and directories, all together; (3) the commit record, created exclusively, and
+fsync of its name; (4) the shapes grow, last of all in the group's consolidated metadata. The epoch is acknowledged; the
+names of (4) reach the disk with the next epoch or when the writer is closed. The first row writes the array metadata
+with zero epochs before (1), and the group's own ``zarr.json`` after (2). A writer that opens a run rolls forward (4) and clears the objects of (1) that no record names.
 Nothing committed is rewritten or deleted.
 """
 
@@ -50,13 +53,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from ..documents import require_kind, shown
+from ..documents import require_fields, require_kind, shown
 from ..errors import InputError
 from ..layout import ParameterLayout
 
@@ -65,6 +69,7 @@ ATTRIBUTE = "trajkit"
 
 WEIGHTS = "weights"
 EPOCH = "epoch"
+STEP = "step"
 PROBE = "probe"
 PROBE_INDEX = "probe_index"
 BUFFERS = "buffers"
@@ -171,7 +176,7 @@ def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
 
 
-def all_arrays(layout: ParameterLayout, n_probe: int, zstd: bool) -> dict[str, dict[str, Any]]:
+def all_arrays(layout: ParameterLayout, n_probe: int, zstd: bool, steps: bool = False) -> dict[str, dict[str, Any]]:
     """Every array of a run: path -> ``zarr.json`` with zero epochs. All but ``probe_index`` grow by a row an epoch."""
     chunking = chunk_rule(layout.n_weights)
     shard = (1, chunking.stored) if chunking.sharded else None
@@ -183,7 +188,8 @@ def all_arrays(layout: ParameterLayout, n_probe: int, zstd: bool) -> dict[str, d
     }
     for dtype, size in layout.buffer_sizes.items():
         arrays[buffer_path(dtype)] = array_document(dtype, (0, size), (1, size), (EPOCH, dtype))
-    arrays[EPOCH] = array_document("int64", (0,), (1,), (EPOCH,))
+    for label in (EPOCH, STEP) if steps else (EPOCH,):
+        arrays[label] = array_document("int64", (0,), (1,), (EPOCH,))
     arrays[PROBE_INDEX] = array_document("int64", (n_probe,), (n_probe,), ("probe_weight",))
     return arrays
 
@@ -208,6 +214,20 @@ def require_name(name: str, what: str) -> str:
     return name
 
 
+def spell_labelled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a commit record or a mark as they are stored: without a step where there is none."""
+    return {name: value for name, value in fields.items() if name != STEP or value is not None}
+
+
+def read_labelled(document: Any, kinds: Mapping[str, type | UnionType]) -> dict[str, Any]:
+    """The inverse of `spell_labelled`; raises `ValueError` unless fields are of their kinds, and labels of 64 bits."""
+    fields = require_fields(document, kinds)
+    for label in (EPOCH, STEP):
+        if label in fields and not -(2**63) <= require_kind(fields[label], int, f"'{label}'") < 2**63:
+            raise ValueError(f"{label} {fields[label]} is no 64-bit integer")
+    return fields
+
+
 def spell_metrics(metrics: Mapping[str, float]) -> dict[str, float | str]:
     """Metrics as JSON can hold them: NaN and infinities become the strings by which Zarr spells them."""
     return {name: value if math.isfinite(value) else json.dumps(value) for name, value in metrics.items()}
@@ -224,10 +244,10 @@ def _number(spelled: Any) -> float:
     return float(require_kind(spelled, int | float | str, "a metric"))
 
 
-def saves_enough(first_epoch: NDArray[np.float32]) -> bool:
-    """Whether zstd level 1 saves at least 15 % on a first epoch (N,), judged on up to 8 pieces spread over it."""
-    starts = np.linspace(0, max(first_epoch.size - CHUNK_VALUES, 0), 8).astype(np.int64)
-    pieces = [first_epoch[start : start + CHUNK_VALUES] for start in np.unique(starts)]
+def saves_enough(first_object: NDArray[np.float32]) -> bool:
+    """Whether zstd level 1 saves at least 15 % on a first epoch, judged on up to 8 pieces of its first object (n,)."""
+    starts = np.linspace(0, max(first_object.size - CHUNK_VALUES, 0), 8).astype(np.int64)
+    pieces = [first_object[start : start + CHUNK_VALUES] for start in np.unique(starts)]
     codec = Zstd(level=1)
     compressed = sum(len(codec.encode(np.ascontiguousarray(piece))) for piece in pieces)
     return compressed <= 0.85 * sum(piece.nbytes for piece in pieces)

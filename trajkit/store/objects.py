@@ -9,12 +9,12 @@ import stat
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..digest import digest_of_file
 from ..errors import DamagedRunError
+from .disk import begin_writing_out, fsync
 from .format import LOCKS, TEMPORARY
 from .lock import WriterLock, is_locked
 
@@ -23,8 +23,8 @@ Bytes = bytes | memoryview
 # Some file systems (exFAT, a few network mounts) have no hard links; there the writer's lock alone is the fence.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
-# The disk takes several together.
-SYNCS_AT_A_TIME = 8
+DAMAGED_DISK = (errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN)
+"""What a file system says of a file that it cannot give back."""
 
 
 class DamagedObjectError(DamagedRunError):
@@ -54,6 +54,7 @@ class LocalObjects:
         self._owner = owner
         self._unsynced: set[Path] = set()
         self._unsynced_lock = threading.Lock()
+        self._staged: dict[str, tuple[Path, Bytes]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalObjects, (self.root, self.fsync, self._owner)
@@ -87,9 +88,17 @@ class LocalObjects:
                 raise DamagedRunError(f"{here}: a pipe, socket or device inside a run, expected a file; remove it")
         return self.root / key
 
+    def _name(self, key: str) -> Path:
+        """Where an object has its name, whatever stands there."""
+        folder, _, name = key.rpartition("/")
+        return (self.path(folder) if folder else self.root) / name
+
     def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
-        return self.path(key).is_file()
+        """Whether there is such an object, or in its place a link or a device, which whoever reads it is told of."""
+        try:
+            return not stat.S_ISDIR(os.lstat(self._name(key)).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def size(self, key: str) -> int | None:
         """Length in bytes, None where there is no such object."""
@@ -141,16 +150,12 @@ class LocalObjects:
     def create_atomically(self, key: str, data: Bytes) -> None:
         """As `create`, and the object is never seen half written; its name has reached the disk on return."""
         target = self.ready(key)
-        temporary = self._temporary(data)
-        self._sync([temporary])
+        temporary = self._ready_to_appear({key: data})[key]
         try:
-            os.link(temporary, target)
-        except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
-                raise
-            if target.exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
-            os.replace(temporary, target)
+            if not _link(temporary, target):
+                if target.exists():
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+                os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
         self._remember(target.parent)
@@ -158,11 +163,21 @@ class LocalObjects:
 
     def replace(self, contents: Mapping[str, Bytes]) -> None:
         """Exchange objects atomically, in their order: a reader sees the old bytes of each or the new ones."""
-        temporary = {self.ready(key): self._temporary(data) for key, data in contents.items()}
-        self._sync(temporary.values())
-        for target, new in temporary.items():
-            os.replace(new, target)
+        targets = {key: self.ready(key) for key in contents}
+        temporary = self._ready_to_appear(contents)
+        for key, target in targets.items():
+            os.replace(temporary[key], target)
             self._remember(target.parent)
+
+    def stage(self, contents: Mapping[str, Bytes]) -> None:
+        """Write what is to be created atomically or replaced soon: it reaches the disk with the next `sync_names`.
+
+        So it waits for the disk together with what comes before it, and not once more by itself.
+        """
+        for key, data in contents.items():
+            path = self._temporary(data)
+            self._remember(path)
+            self._staged[key] = path, data
 
     def put(self, key: str, *parts: Bytes) -> None:
         """As `replace`, into a folder that exists, and only until `clear_temporary`: `FileNotFoundError` after it.
@@ -182,25 +197,27 @@ class LocalObjects:
         target.unlink(missing_ok=True)
 
     def move(self, key: str, target: str) -> None:
-        """Give an object another key, one that is free; folders that become empty go."""
-        old, new = self.path(key), self.ready(target)
+        """Give what has this key, if anything has, another key that is free; folders that become empty go.
+
+        A folder, a link or a device that stands in the place of an object is moved, too.
+        """
+        old = self._name(key)
+        if not os.path.lexists(old):
+            return
+        new = self.ready(target)
         self._remember(old.parent, new.parent)
-        try:
-            os.link(old, new)
-        except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
-                raise
-            os.rename(old, new)
-        else:
+        if stat.S_ISREG(os.lstat(old).st_mode) and _link(old, new):
             self.sync_names()  # it has both names on the disk before it loses one
             os.unlink(old)
             self._remember(old.parent)
-        for folder in old.parents:
-            if folder == self.root or os.listdir(folder):
+        else:
+            os.rename(old, new)
+        for above in old.parents:
+            if above == self.root or os.listdir(above):
                 return
             with contextlib.suppress(OSError):  # somebody is writing there
-                os.rmdir(folder)
-                self._remember(folder.parent)
+                os.rmdir(above)
+                self._remember(above.parent)
 
     def delete_tree(self, prefix: str) -> None:
         """Delete all objects under a prefix, and its folders as far as they are empty."""
@@ -216,6 +233,7 @@ class LocalObjects:
 
     def clear_temporary(self) -> None:
         """Delete what an earlier owner of the same name left half written, and let no `put` of its come after."""
+        self._staged.clear()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.rename(self.path(self._temporary_folder), self.path(f"{self._temporary_folder}~{uuid.uuid4().hex}"))
         for name in self.names(TEMPORARY):
@@ -270,15 +288,25 @@ class LocalObjects:
             self._unsynced.update(paths)
 
     def _sync(self, paths: Iterable[Path]) -> None:
-        """Bring files and folders to the disk, several at a time: what waits together is written together."""
-        ordered = sorted(paths, key=lambda path: (-len(path.parts), path))
-        if not self.fsync:
-            return
-        if len(ordered) == 1:
-            _fsync(ordered[0])
-        elif ordered:
-            with ThreadPoolExecutor(SYNCS_AT_A_TIME) as pool:
-                list(pool.map(_fsync, ordered))
+        """Bring files and folders to the disk, inner ones first: what is written out already takes no time."""
+        if self.fsync:
+            for path in sorted(paths, key=lambda path: (-len(path.parts), path)):
+                fsync(path)
+
+    def _ready_to_appear(self, contents: Mapping[str, Bytes]) -> dict[str, Path]:
+        """Temporary files with these contents, by key, staged before or new; they have reached the disk."""
+        temporary: dict[str, Path] = {}
+        late: list[Path] = []
+        for key, data in contents.items():
+            path, staged = self._staged.pop(key, (None, None))
+            if path is None or staged != data:
+                path = self._temporary(data)
+                late.append(path)
+            elif path in self._unsynced:
+                late.append(path)
+            temporary[key] = path
+        self._sync(late)
+        return temporary
 
     def _temporary(self, data: Bytes) -> Path:
         path = self.ready(f"{self._temporary_folder}/{uuid.uuid4().hex}")
@@ -292,11 +320,24 @@ class LocalObjects:
                 view = memoryview(part)
                 while view:
                     view = view[os.write(descriptor, view) :]
+            if self.fsync:
+                begin_writing_out(descriptor)
         except OSError as error:
             error.filename = str(path)
             raise
         finally:
             os.close(descriptor)
+
+
+def _link(file: Path, name: Path) -> bool:
+    """Give a file a second name; False where its file system has no such thing."""
+    try:
+        os.link(file, name)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        return False
+    return True
 
 
 def require_length(key: str, found: int | None, committed: int) -> None:
@@ -334,14 +375,3 @@ def _folders(top: Path) -> list[tuple[str, list[str]]]:
 def _require_no_folder(target: Path) -> None:
     if target.is_dir():
         raise DamagedRunError(f"{target}: a folder, expected a file or nothing; remove it")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        os.close(descriptor)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from ..errors import InputError
 from .objects import Bytes, LocalObjects
-from .remote import RemoteObjects
+from .remote import SCHEMES, RemoteObjects
 
 PathLike = str | os.PathLike[str]
 
@@ -51,7 +52,7 @@ class Objects(Protocol):
         """The same objects, with temporary files of another owner."""
 
     def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
+        """Whether there is such an object, or in its place something that is none and no folder."""
 
     def size(self, key: str) -> int | None:
         """Length in bytes, None where there is no such object."""
@@ -80,6 +81,9 @@ class Objects(Protocol):
     def replace(self, contents: Mapping[str, Bytes]) -> None:
         """Exchange objects atomically, in their order: a reader sees the old bytes of each or the new ones."""
 
+    def stage(self, contents: Mapping[str, Bytes]) -> None:
+        """Say what is to be created atomically or replaced soon, so that it becomes safe with the next `sync_names`."""
+
     def put(self, key: str, *parts: Bytes) -> None:
         """Write an object, by one of several helpers that may do the same; it is safe after `sync`."""
 
@@ -90,7 +94,7 @@ class Objects(Protocol):
         """Delete all objects under a prefix."""
 
     def move(self, key: str, target: str) -> None:
-        """Give an object another key, one that is free."""
+        """Give what has this key, if anything has, another key that is free."""
 
     def make_room(self, prefix: str) -> None:
         """Make ready for `put` of objects under a prefix."""
@@ -124,4 +128,9 @@ def objects_at(place: PathLike, fsync: bool = True, owner: str | None = None) ->
 
     fsync: bring every write to the disk; an object store does so always.
     """
-    return RemoteObjects(str(place)) if is_url(place) else LocalObjects(place, fsync, owner)
+    if is_url(place):
+        return RemoteObjects(str(place))
+    scheme, found, rest = os.fspath(place).partition(":/")
+    if found and scheme in SCHEMES:
+        raise InputError(f"{place}: a path, expected {scheme}://{rest}; write two slashes, and pass it as a str")
+    return LocalObjects(place, fsync, owner)

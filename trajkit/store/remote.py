@@ -176,6 +176,9 @@ class RemoteObjects:
         for key, data in contents.items():
             self._put(key, data, "overwrite")
 
+    def stage(self, contents: Mapping[str, Bytes]) -> None:
+        """What is put is safe at once."""
+
     def put_if(self, key: str, data: Bytes, version: Any) -> Any:
         """Write an object if it still has a version, or does not exist where that is None; its new version.
 
@@ -208,10 +211,10 @@ class RemoteObjects:
                 _obstore().delete(store, keys)
 
     def move(self, key: str, target: str) -> None:
-        """Give an object another key, one that is free."""
-        with self._asking(key, large=True) as store:
+        """Give an object, if there is one, another key that is free."""
+        with contextlib.suppress(FileNotFoundError), self._asking(key, large=True) as store:
             _obstore().copy(store, key, target, overwrite=True)
-        self.delete(key)
+            self.delete(key)
 
     def make_room(self, prefix: str) -> None:
         """Object stores have no folders."""

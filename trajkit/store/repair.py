@@ -1,14 +1,14 @@
 """Make a damaged run usable again, without ever deleting: what is damaged or left over is moved to ``epoch/aside``.
 
-Metadata is written again from the layout, which is kept twice; objects that follow from others, an epoch's label, its
-probe row and the probe's indices, are made again and must have the committed hash. An epoch whose weights or buffers
-are damaged is marked as bad: what takes all epochs leaves it out, and its checkpoint, recorded again, heals it.
+Metadata is written again from the layout, which is kept twice; objects that follow from others, an epoch's label and
+step, its probe row and the probe's indices, are made again and must have the committed hash. An epoch whose weights or
+buffers are damaged is marked as bad: what takes all epochs leaves it out, and its checkpoint, recorded again, heals it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from ..digest import canonical_json, digest
 from ..errors import DamagedRunError, RunLockedError
 from ..layout import ParameterLayout
 from .arrays import VerifiedReader, encode
-from .commit import CommitRecord
+from .commit import CommitRecord, LostRecord
 from .damage import Damage, Mark, mark_key, move_aside
 from .examination import Examination, Progress, examine, expected_documents, require_run
-from .format import ASIDE, BAD, EPOCH, FITS, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, WEIGHTS
+from .format import ASIDE, BAD, EPOCH, FITS, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, STEP, WEIGHTS
 from .place import Lock, Objects, PathLike, objects_at
 from .probe import draw_probe
 from .raw import CHECKSUM_BYTES
@@ -33,11 +33,15 @@ from .writer import WRITER
 
 @dataclass(frozen=True)
 class Repair:
-    """What `repair` has done. `bad_epochs` are marked as bad now; `damages` are those of them, and what has no cure."""
+    """What `repair` has done. `bad_epochs` of the `epochs` are marked as bad now, and of these the commit records of
+    `lost_epochs` are lost; `damages` are those of them, and what has no cure.
+    """
 
     run: Path | str
     actions: tuple[str, ...]
+    epochs: int
     bad_epochs: tuple[int, ...]
+    lost_epochs: tuple[int, ...]
     damages: tuple[Damage, ...]
 
 
@@ -64,7 +68,14 @@ def repair(place: PathLike, progress: Progress | None = None) -> Repair:
         after = examine(objects, alone=True)
         known = {damage.key for damage in after.damages}
         left = [damage for damage in found.damages if damage.row in after.marks and damage.key not in known]
-        return Repair(objects.root, tuple(actions), after.bad_epochs, (*after.damages, *left))
+        return Repair(
+            run=objects.root,
+            actions=tuple(actions),
+            epochs=len(after.records),
+            bad_epochs=after.bad_epochs,
+            lost_epochs=tuple(record.epoch for record in after.records if isinstance(record, LostRecord)),
+            damages=(*after.damages, *left),
+        )
     finally:
         lock.release()
 
@@ -124,14 +135,14 @@ class _Repairer:
         documents = self._found.documents
         if path == PROBE_INDEX:
             return _encoded(path, documents[path], (slice(None),), draw_probe(self._layout))
-        if path not in (EPOCH, PROBE):
+        if path not in (EPOCH, STEP, PROBE):
             return None
         row = int(position.partition("/")[0])
         record = self._found.records[row]
         assert record is not None, "an object is committed by a record"
         here = slice(row, row + 1)
-        if path == EPOCH:
-            return _encoded(path, documents[path], (here,), np.array([record.epoch]))
+        if path != PROBE:
+            return _encoded(path, documents[path], (here,), np.array([getattr(record, path)]))
         values = self._probe_row(record)
         return None if values is None else _encoded(path, documents[path], (here, slice(None)), values)
 
@@ -151,7 +162,10 @@ class _Repairer:
         for row, damage in sorted(damaged.items()):
             record = self._found.records[row]
             lost = record is None
-            mark = Mark(row, self._label(row), f"{damage.key} {damage.what}", self._layout.digest if lost else None)
+            mark = Mark(row, self._label(EPOCH, row), f"{damage.key} {damage.what}")
+            if lost:
+                has_step = any(known is not None and known.step is not None for known in self._found.records)
+                mark = replace(mark, layout=self._layout.digest, step=self._label(STEP, row) if has_step else None)
             if self._found.marks.get(row) != mark and not (row in self._found.marks and not lost):
                 self._require_held()
                 self._objects.replace({mark_key(row): mark.to_bytes()})
@@ -163,21 +177,21 @@ class _Repairer:
                 self._move_aside(mark_key(row))
                 yield f"epoch {known.epoch} is sound, its mark is removed"
 
-    def _label(self, row: int) -> int:
-        """The label of an epoch; where its record is lost, what its object says, if that fits between the others."""
-        records = self._found.records
-        if (record := records[row]) is not None:
-            return record.epoch
-        before = next((record.epoch for record in reversed(records[:row]) if record is not None), None)
-        after = next((record.epoch for record in records[row + 1 :] if record is not None), None)
+    def _label(self, kind: str, row: int) -> int:
+        """An epoch's label or step; where its record is lost, what its object says, if that fits between the others."""
+        labels: list[Any] = [None if record is None else getattr(record, kind) for record in self._found.records]
+        if labels[row] is not None:
+            return int(labels[row])
+        before = next((label for label in reversed(labels[:row]) if label is not None), None)
+        after = next((label for label in labels[row + 1 :] if label is not None), None)
         low = -(2**63) if before is None else before + 1
         high = 2**63 - 1 if after is None else after - 1
         try:
-            stored = self._objects.read(f"{EPOCH}/c/{row}")
+            stored = self._objects.read(f"{kind}/c/{row}")
             label = int.from_bytes(stored[:-CHECKSUM_BYTES], "little", signed=True)
             if low <= label <= high and len(stored) == 8 + CHECKSUM_BYTES:
                 return label
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedRunError):
             pass
         return low if before is not None else high if after is not None else row
 

@@ -16,6 +16,7 @@ from ..documents import parse, require_fields, require_size, shown
 from ..errors import DamagedRunError, InputError, RunNotFoundError, UnsupportedFormatError
 from ..layout import ParameterLayout
 from .format import ATTRIBUTE, BUFFERS, FORMAT, LAYOUT_COPY, METADATA, group_document
+from .objects import DAMAGED_DISK
 from .place import Objects
 
 
@@ -86,17 +87,27 @@ def read_document(objects: Objects, key: str) -> dict[str, Any]:
 
 
 def read_small(objects: Objects, key: str) -> bytes:
-    """The bytes of a document; raises `ValueError` where it is missing, or longer than any that is read."""
+    """The bytes of a document; raises `ValueError` where it is missing, lost, or longer than any that is read."""
     length = objects.size(key)
     if length is None:
         raise ValueError("missing")
     require_size(length)
-    return objects.read(key)
+    try:
+        return objects.read(key)
+    except OSError as error:
+        if error.errno not in DAMAGED_DISK:
+            raise
+        raise ValueError(error.strerror) from error
 
 
 def write_documents(objects: Objects, documents: Mapping[str, dict[str, Any]]) -> None:
     """Write the ``zarr.json`` of each node, path -> document, in their order and over older ones if there are any."""
-    objects.replace({metadata_key(path): encoded(document, path) for path, document in documents.items()})
+    objects.replace(spelled(documents))
+
+
+def spelled(documents: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
+    """The objects that hold the ``zarr.json`` of each node, path -> document."""
+    return {metadata_key(path): encoded(document, path) for path, document in documents.items()}
 
 
 def metadata_key(path: str) -> str:

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..digest import canonical_json
-from ..errors import InputError, PathExistsError, RunLockedError
+from ..errors import DamagedRunError, InputError, PathExistsError, RunLockedError
 from ..layout import ParameterLayout, require_same_layout
 from .archive import committed_documents, place_of, read_all_records
 from .arrays import store, with_rows
@@ -32,21 +32,22 @@ from .format import (
     METADATA,
     PROBE,
     PROBE_INDEX,
+    STEP,
     WEIGHTS,
     all_arrays,
     buffer_path,
-    chunk_rule,
     commit_key,
     group_document,
     saves_enough,
 )
-from .objects import DamagedObjectError
+from .pieces import PassingWeights, WeightSource
 from .place import Objects, PathLike, is_url, objects_at
 from .root import (
     layout_of_root,
     read_document,
     require_readable,
     root_document,
+    spelled,
     with_arrays,
     write_documents,
 )
@@ -57,12 +58,26 @@ WRITER = "writer"
 
 @dataclass(frozen=True)
 class EpochValues:
-    """What is recorded of one epoch: `weights` (N,) float32, `buffers` stored dtype -> (size,), and its metrics."""
+    """What is recorded of one epoch: `weights` (N,) float32, `buffers` stored dtype -> (size,), metrics, and a step.
+
+    With `finite`, NaN and infinite weights are refused.
+    """
 
     epoch: int
-    weights: NDArray[np.float32]
+    weights: WeightSource
     buffers: Mapping[str, NDArray[Any]]
     metrics: Mapping[str, float]
+    step: int | None = None
+    finite: bool = False
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """The metadata of an archive with more epochs, and the objects that it is written as."""
+
+    root: dict[str, Any]
+    documents: dict[str, dict[str, Any]]
+    contents: dict[str, bytes]
 
 
 class ArchiveWriter:
@@ -102,6 +117,8 @@ class ArchiveWriter:
 
     def close(self) -> None:
         """Let the next writer in."""
+        with contextlib.suppress(OSError):  # what shows the epochs to plain Zarr; they are safe already
+            self._objects.sync_names()
         self._lock.release()
 
     def require_next(self, epoch: int) -> None:
@@ -116,6 +133,25 @@ class ArchiveWriter:
         if not -(2**63) <= epoch < 2**63:
             raise InputError(f"{self._objects.root}: epoch {epoch} is no 64-bit integer; number the epochs from 0")
 
+    def require_step(self, epoch: int, step: int | None) -> None:
+        """Raise `InputError` unless the step is a 64-bit integer after the last one, or None as all others."""
+        where, last = f"{self._objects.root}: epoch {epoch}", self.records[-1] if self.records else None
+        if step is not None and not -(2**63) <= step < 2**63:
+            raise InputError(f"{where}: step {step} is no 64-bit integer; count the steps of the training from 0")
+        if last is None or step is last.step is None:
+            return
+        if step is None:
+            raise InputError(f"{where} has no step, the epochs before it have one; pass the training's step")
+        if last.step is None:
+            raise InputError(
+                f"{where} has step {step}, the epochs before it have none; leave it out or record into a new run"
+            )
+        if step <= last.step:
+            raise InputError(
+                f"{where} has step {step}, expected one after {last.step}, that of epoch {last.epoch};"
+                " pass the training's step, which rises, or record into a new run"
+            )
+
     def append(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> CommitRecord:
         """Commit one epoch; `probe_index` (P,) are the weights of the probe, the same for every epoch.
 
@@ -127,25 +163,33 @@ class ArchiveWriter:
             if not self._whole:
                 self._make_whole()
             self.require_next(values.epoch)
+            self.require_step(values.epoch, values.step)
             where = f"{self._objects.root}: epoch {values.epoch}"
             if self.layout is not None:
                 require_same_layout(layout, self.layout, where)
-            _require_vectors(layout, values, where)
+            weights = PassingWeights(layout, values.weights, probe_index, where, values.finite)
+            _require_buffers(layout, values.buffers, where)
             self._whole = False
-            record = self._write(layout, values, probe_index)
+            record = self._write(layout, values, weights)
+            data = require_readable(record.to_bytes(), where)
+            grown = self._grown(record.row + 1)
+            self._objects.stage({commit_key(record.row): data} | grown.contents)
+            self._objects.sync_names()
             self._require_lock(self._lock.confirmed)
-            self._commit(record)
+            self._commit(record, data)
             self.records, self.layout = (*self.records, record), layout
             # The epoch is recorded. Where its shapes cannot grow now (a full disk), the next append makes up for it.
+            # Nobody waits until they have reached the disk: whoever opens the run after a power cut grows them again.
             with contextlib.suppress(OSError):
-                self._grow()
+                self._grow(grown)
                 self._whole = True
             return record
 
     def heal(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> tuple[str, ...]:
         """Put back the damaged objects of a recorded epoch, which `values` must give bit for bit; their keys.
 
-        Raises `InputError` where the values are others than were recorded, or nothing says what was.
+        Raises `InputError` where the values are others than were recorded, or nothing says what was. Objects that come
+        before the first other value are back in place then, as they were committed.
         """
         with self._one_at_a_time:
             self._require_held()
@@ -157,57 +201,56 @@ class ArchiveWriter:
                     " restore the record from a copy, or record into a new run"
                 )
             require_same_layout(layout, self.layout, where)
-            _require_vectors(layout, values, where)
-            contents: dict[str, bytes] = {}
+            weights = PassingWeights(layout, values.weights, probe_index, where)
+            _require_buffers(layout, values.buffers, where)
+            healed: list[str] = []
 
-            def keep(key: str, *parts: bytes | memoryview) -> None:
-                contents[key] = b"".join(parts)
-
-            for key, made in self._store_row(keep, record.row, values, probe_index).items():
-                if made != record.objects[key]:
+            def put_back(key: str, *parts: bytes | memoryview) -> None:
+                if StoredObject.of(*parts) != record.objects[key]:
                     place = place_of(key, layout, lambda _: values.epoch)
                     raise InputError(
                         f"{self._objects.root}: {place}the values are not those that were recorded as object {key};"
                         " give the checkpoint of this epoch"
                     )
-            damaged = tuple(key for key in contents if not self._is_sound(key, record.objects[key]))
-            for key in damaged:
-                self._require_held()
-                move_aside(self._objects, key, self._writer)
-                self._objects.create_atomically(key, contents[key])
+                if not self._is_sound(key, record.objects[key]):
+                    self._require_held()
+                    move_aside(self._objects, key, self._writer)
+                    self._objects.create_atomically(key, b"".join(parts))
+                    healed.append(key)
+
+            self._store_row(put_back, record.row, replace(values, step=record.step), weights)
             move_aside(self._objects, mark_key(record.row), self._writer)
             self._objects.sync_names()
-            return damaged
+            return tuple(healed)
 
     def _is_sound(self, key: str, stored: StoredObject) -> bool:
         try:
             self._objects.sound_file(key, stored.length, stored.hash)
-        except DamagedObjectError:
+        except DamagedRunError:
             return False
         return True
 
-    def _commit(self, record: CommitRecord) -> None:
+    def _commit(self, record: CommitRecord, data: bytes) -> None:
         """Put the record where there is none; raises `RunLockedError` where somebody has taken the archive over."""
         where = f"{self._objects.root}: epoch {record.epoch}"
         try:
-            self._objects.create_atomically(commit_key(record.row), require_readable(record.to_bytes(), where))
+            self._objects.create_atomically(commit_key(record.row), data)
         except FileExistsError as error:
             raise RunLockedError(f"{where}: another writer has recorded one here; open the run again") from error
         if not self._lock.confirmed:
             raise RunLockedError(f"{where}: another writer has taken the run over; open it again")
 
-    def _write(self, layout: ParameterLayout, values: EpochValues, probe_index: NDArray[np.int64]) -> CommitRecord:
-        """All that comes before the commit point: the objects, unseen, and the record that will name them."""
+    def _write(self, layout: ParameterLayout, values: EpochValues, weights: PassingWeights) -> CommitRecord:
+        """Write the objects of an epoch, which nobody sees yet; the record that will name them."""
         began = time.perf_counter()
         row = len(self.records)
         written: dict[str, StoredObject] = {}
         if row == 0:
-            self._create_arrays(layout, values.weights, probe_index, written)
-        written |= self._store_row(self._objects.create, row, values, probe_index)
+            self._create_arrays(layout, weights, values.step is not None, written)
+        written |= self._store_row(self._objects.create, row, values, weights)
         if row == 0:
             self._objects.sync_names()
             write_documents(self._objects, {"": with_arrays(self._root, self._documents)})
-        self._objects.sync_names()
         return CommitRecord(
             row=row,
             epoch=values.epoch,
@@ -218,42 +261,40 @@ class ArchiveWriter:
             writer=self._writer,
             previous=self.records[-1].hash if row else None,
             objects=written,
+            step=values.step,
         )
 
     def _create_arrays(
-        self,
-        layout: ParameterLayout,
-        weights: NDArray[np.float32],
-        probe_index: NDArray[np.int64],
-        written: dict[str, StoredObject],
+        self, layout: ParameterLayout, weights: PassingWeights, steps: bool, written: dict[str, StoredObject]
     ) -> None:
+        probe_index = weights.probe_index
         self._root = root_document(layout)
-        self._documents = all_arrays(layout, probe_index.size, zstd=saves_enough(weights))
+        self._documents = all_arrays(layout, probe_index.size, saves_enough(weights.peek()), steps)
         groups = {BUFFERS: group_document()} if layout.buffer_sizes else {}
         self._objects.replace({LAYOUT_COPY: canonical_json(layout.to_json())})
         write_documents(self._objects, groups | self._documents)
         written |= store(self._objects.create, PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index)
 
     def _store_row(
-        self, write: Callable[..., None], row: int, values: EpochValues, probe_index: NDArray[np.int64]
+        self, write: Callable[..., None], row: int, values: EpochValues, weights: PassingWeights
     ) -> dict[str, StoredObject]:
         """Store a row of every array that has them, see `store`."""
         written: dict[str, StoredObject] = {}
-        weights = values.weights
         here = slice(row, row + 1)
         grown = {path: with_rows(document, row + 1) for path, document in self._documents.items()}
-        for columns in chunk_rule(weights.size).objects():
-            written |= store(write, WEIGHTS, grown[WEIGHTS], (here, columns), weights[None, columns])
-        written |= store(write, PROBE, grown[PROBE], (here, slice(None)), weights[None, probe_index])
+        for columns, piece in weights:
+            written |= store(write, WEIGHTS, grown[WEIGHTS], (here, columns), piece[None])
+        written |= store(write, PROBE, grown[PROBE], (here, slice(None)), weights.probe[None])
         for dtype, vector in values.buffers.items():
             path = buffer_path(dtype)
             written |= store(write, path, grown[path], (here, slice(None)), vector[None])
-        written |= store(write, EPOCH, grown[EPOCH], (here,), np.array([values.epoch]))
+        for path, label in ((EPOCH, values.epoch), (STEP, values.step)):
+            if label is not None:
+                written |= store(write, path, grown[path], (here,), np.array([label]))
         return written
 
-    def _grow(self) -> None:
-        """Make the shapes say what is committed."""
-        rows = len(self.records)
+    def _grown(self, rows: int) -> _Grown:
+        """The metadata that shows `rows` epochs; `contents` has of it what is not written so already."""
         grown = {
             path: with_rows(document, rows)
             for path, document in self._documents.items()
@@ -261,9 +302,12 @@ class ArchiveWriter:
         }
         documents = self._documents | grown
         root = with_arrays(self._root, documents)
-        write_documents(self._objects, grown | ({"": root} if root != self._root else {}))
-        self._documents, self._root = documents, root
-        self._objects.sync_names()
+        return _Grown(root, documents, spelled(grown | ({"": root} if root != self._root else {})))
+
+    def _grow(self, grown: _Grown) -> None:
+        """Make the shapes say what is committed."""
+        self._objects.replace(grown.contents)
+        self._documents, self._root = grown.documents, grown.root
 
     def _make_whole(self) -> None:
         self.records = read_all_records(self._objects, read_marks(self._objects))
@@ -278,7 +322,7 @@ class ArchiveWriter:
                     if row.isdecimal() and int(row) >= len(self.records):
                         self._objects.delete_tree(f"{path}/c/{row}")
                         self._objects.delete(f"{path}/c/{row}")
-            self._grow()
+            self._grow(self._grown(len(self.records)))
         # After a crash nobody knows which names had reached the disk; before the first commit, not even the run's own.
         above = self._objects.above
         self._objects.sync_names(*(above[:1] if self.records else above), "", EPOCH, COMMITS)
@@ -287,7 +331,7 @@ class ArchiveWriter:
     def _clear_unborn(self) -> None:
         """Remove what a first epoch left that was never committed."""
         self._objects.delete(METADATA)
-        for path in (WEIGHTS, PROBE, PROBE_INDEX, BUFFERS, f"{EPOCH}/c"):
+        for path in (WEIGHTS, PROBE, PROBE_INDEX, STEP, BUFFERS, f"{EPOCH}/c"):
             self._objects.delete_tree(path)
         self._objects.delete(f"{EPOCH}/{METADATA}")
         self._objects.delete(LAYOUT_COPY)
@@ -314,18 +358,15 @@ class ArchiveWriter:
             )
 
 
-def _require_vectors(layout: ParameterLayout, values: EpochValues, where: str) -> None:
-    """Raise `InputError` unless the vectors are exactly those that the layout places."""
-    expected = {"weights": ("float32", (layout.n_weights,))}
-    expected |= {dtype: (dtype, (size,)) for dtype, size in layout.buffer_sizes.items()}
-    given = {"weights": values.weights, **values.buffers}
-    found = {name: (str(vector.dtype), vector.shape) for name, vector in given.items()}
+def _require_buffers(layout: ParameterLayout, buffers: Mapping[str, NDArray[Any]], where: str) -> None:
+    """Raise `InputError` unless the buffers are exactly those that the layout places."""
+    expected = {dtype: (dtype, (size,)) for dtype, size in layout.buffer_sizes.items()}
+    found = {dtype: (str(vector.dtype), vector.shape) for dtype, vector in buffers.items()}
     for name in expected.keys() | found.keys():
         if found.get(name) != expected.get(name):
-            what = "weights" if name == "weights" else f"buffers['{name}']"
             raise InputError(
-                f"{where}: {what} is {found.get(name, 'missing')}, the layout asks for {expected.get(name, 'none')};"
-                " pass the vectors that the layout places"
+                f"{where}: buffers['{name}'] is {found.get(name, 'missing')}, the layout asks for"
+                f" {expected.get(name, 'none')}; pass the vectors that the layout places"
             )
 
 
