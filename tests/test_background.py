@@ -132,25 +132,32 @@ def test_whoever_records_faster_than_the_disk_waits_and_memory_does_not_grow(
 
 
 def test_a_step_is_the_label_where_there_is_no_epoch(tmp_path: Path) -> None:
-    class Steps(RunWriter):
-        """A writer that keeps the steps, as the archive does."""
+    with Recorder(a_model(), tmp_path / "run") as recorder:
+        recorder.record(step=1500)
+        recorder.record(2000, step=1600)
+        with pytest.raises(InputError, match=r"neither epoch nor step is given, .*; pass the epoch"):
+            recorder.record()
+        for step in (None, 1600):
+            with pytest.raises(InputError, match=f"run: epoch 2001 has (no step|step {step}), .*; pass the training's"):
+                recorder.record(2001, step=step)
+    run = open_run(tmp_path / "run")
+    assert run.epochs.tolist() == [1500, 2000]
+    assert run.steps is not None
+    assert run.steps.tolist() == [1500, 1600]
 
-        found: list[int | None] = []  # noqa: RUF012
 
-        def append(self, *arguments: Any, step: int | None = None, **named: Any) -> None:
-            self.found.append(step)
-            super().append(*arguments, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trajkit.training.recorder.RunWriter", Steps)
-        with Recorder(a_model(), tmp_path / "run") as recorder:
-            recorder.record(step=1500)
-            recorder.record(2000, step=1600)
-            recorder.record(2001)
-            with pytest.raises(InputError, match=r"neither epoch nor step is given, .*; pass the epoch"):
-                recorder.record()
-    assert open_run(tmp_path / "run").epochs.tolist() == [1500, 2000, 2001]
-    assert Steps.found == [1500, 1600, None]
+def test_steps_that_are_not_committed_yet_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with a_slow_disk(monkeypatch) as gate, Recorder(a_model(), tmp_path / "run") as recorder:
+        recorder.record(1, step=10)
+        for step in (None, 10, 9):
+            message = f"run: epoch 2 has step {step}, epoch 1 before it has step 10, .*; pass the training's step"
+            with pytest.raises(InputError, match=message):
+                recorder.record(2, step=step)
+        with pytest.raises(InputError, match="step is 'x', expected an integer"):
+            recorder.record(2, step="x")  # type: ignore[arg-type]
+        gate.release(2)
+        recorder.record(2, step=11)
+    assert open_run(tmp_path / "run").epochs.tolist() == [1, 2]
 
 
 def test_metrics_may_come_later_than_the_weights(tmp_path: Path) -> None:

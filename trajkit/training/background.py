@@ -11,7 +11,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..errors import InputError, placed
 from ..layout import ParameterLayout, require_same_layout
@@ -63,24 +62,35 @@ class Committer:
         waiting = [snapshot.epoch for snapshot in self._waiting()]
         return max((*waiting, *self.epochs[-1:]), default=None)
 
-    def require_next(self, epoch: int, layout: ParameterLayout) -> int:
-        """`epoch` as an integer, if it can come next with this layout; raises the error of an earlier epoch.
+    def require_next(self, epoch: int, step: int | None, layout: ParameterLayout) -> tuple[int, int | None]:
+        """`epoch` and `step` as integers, if they can come next with this layout; raises an earlier epoch's error.
 
-        Raises `InputError` for an epoch that is not later than the last one, `LayoutError` for another layout.
+        Raises `InputError` for an epoch or a step that is not later than the last one, `LayoutError` for another
+        layout.
         """
         self.require_open()
-        label, waiting = self._writer.require_next(epoch), self._waiting()
-        if waiting and label <= waiting[-1].epoch:
-            last = waiting[-1].epoch
-            known = label in [snapshot.epoch for snapshot in waiting]
-            state = "is recorded already" if known else f"comes before the last one, {last}"
-            raise InputError(
-                f"{self._writer.path}: epoch {label} {state}; go on after epoch {last} or record into a new run"
-            )
-        expected = waiting[-1].memory.layout if waiting else self._writer.layout
+        label = self._writer.require_next(epoch)
+        step = self._writer.require_step(label, step)
+        expected, waiting = self._writer.layout, self._waiting()
+        if waiting:
+            self._require_after(label, step, waiting)
+            expected = waiting[-1].memory.layout
         if expected is not None:
             require_same_layout(layout, expected, f"{self._writer.path}: epoch {label}")
-        return label
+        return label, step
+
+    def _require_after(self, epoch: int, step: int | None, waiting: list[Snapshot]) -> None:
+        """As the writer does, for those that it does not have yet."""
+        last, where = waiting[-1], f"{self._writer.path}: epoch {epoch}"
+        if epoch <= last.epoch:
+            known = epoch in [snapshot.epoch for snapshot in waiting]
+            state = "is recorded already" if known else f"comes before the last one, {last.epoch}"
+            raise InputError(f"{where} {state}; go on after epoch {last.epoch} or record into a new run")
+        if (step is None) != (last.step is None) or (step is not None and last.step is not None and step <= last.step):
+            raise InputError(
+                f"{where} has step {step}, epoch {last.epoch} before it has step {last.step}, expected none in all or"
+                " one that rises; pass the training's step, or record into a new run"
+            )
 
     def require_open(self) -> None:
         """Raise the error of an earlier epoch, if nobody has seen it yet, or `InputError` where nothing can follow."""
@@ -186,8 +196,7 @@ class Committer:
     def _commit(self, snapshot: Snapshot, spare: SpareVectors) -> None:
         with placed(f"{self._writer.path}: epoch {snapshot.epoch}"):
             weights, buffers = snapshot.memory.vectors(spare)
-        known: dict[str, Any] = {} if snapshot.step is None else {"step": snapshot.step}
-        self._writer.append(snapshot.memory.layout, snapshot.epoch, weights, buffers, snapshot.metrics, **known)
+        self._writer.append(snapshot.memory.layout, snapshot.epoch, weights, buffers, snapshot.metrics, snapshot.step)
 
     def _fail(self, snapshot: Snapshot, error: BaseException) -> None:
         """Keep the error for whoever calls next, and drop what was to follow the epoch."""

@@ -137,13 +137,15 @@ class Recorder:
         """Record the model as it is now: copy it, and return; the copy is committed in the background.
 
         metrics: name -> number, kept with the epoch.
-        step: the number of the training step, kept beside the epoch; without an epoch, the step is its label.
+        step: the number of the training step, kept beside the epoch (`Run.steps`) of all epochs or of none; without an
+            epoch, the step is its label.
         wait: return when the epoch is committed.
 
-        Raises `InputError` for an epoch that is not later than the last one, `LayoutError` where the model has changed
-        its shape. What goes wrong while an epoch is committed (weights that are not finite, a full disk) is raised by
-        the next call of `record`, `flush` or `close`, once; that call then records nothing, and neither that epoch nor
-        those that came behind it are recorded, as the error's note says. Whoever catches it goes on at `next_epoch`.
+        Raises `InputError` for an epoch or a step that is not later than the last one, `LayoutError` where the model
+        has changed its shape. What goes wrong while an epoch is committed (weights that are not finite, a full disk)
+        is raised by the next call of `record`, `flush` or `close`, once; that call then records nothing, and neither
+        that epoch nor those that came behind it are recorded, as the error's note says. Whoever catches it goes on at
+        `next_epoch`.
         """
         plain = plain_metrics(metrics or {})
         self.commit(self.hold(epoch, step=step), plain, wait=wait)
@@ -166,7 +168,7 @@ class Recorder:
             self._elsewhere.append(label)
             return Held(label, None)
         try:
-            label = self._committer.require_next(label, layout)
+            label, step = self._committer.require_next(label, step, layout)
             memory = self._committer.memory(layout, is_pinnable(tensors))
         except BaseException as error:
             if spread:
