@@ -16,13 +16,6 @@ from trajkit.training.callbacks.huggingface import RecorderCallback
 
 transformers = pytest.importorskip("transformers")
 
-# What these libraries say of themselves and of a machine without a GPU.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-]
-
 
 class Sentences(Dataset[dict[str, Tensor]]):
     """12 sequences to be continued."""
