@@ -101,7 +101,7 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def trainer_of(folder: Path, *callbacks: Any, data: Any = None, **arguments: Any) -> Any:
+def trainer_of(folder: Path, *callbacks: Any, data: Any = None, held_out: Any = None, **arguments: Any) -> Any:
     known: dict[str, Any] = {
         "num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05, "save_strategy": "no",
         "logging_strategy": "epoch", "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 3,
@@ -109,7 +109,7 @@ def trainer_of(folder: Path, *callbacks: Any, data: Any = None, **arguments: Any
     options = transformers.TrainingArguments(str(folder / "checkpoints"), **(known | arguments))
     data = Sentences() if data is None else data
     return transformers.Trainer(
-        a_model(), options, train_dataset=data, eval_dataset=Sentences(), callbacks=list(callbacks)
+        a_model(), options, train_dataset=data, eval_dataset=held_out or Sentences(), callbacks=list(callbacks)
     )
 
 
@@ -140,6 +140,14 @@ def test_each_epoch_is_recorded_with_what_is_logged_of_it(tmp_path: Path) -> Non
         assert not {"train_loss", "step", "epoch"} & run.metrics[epoch].keys()
     a_model().load_state_dict(load_weights(run, 3))
     assert run.layout["lm_head.weight"].name == "transformer.wte.weight"
+
+
+def test_all_of_several_evaluations_are_kept_also_where_a_checkpoint_follows(tmp_path: Path) -> None:
+    held_out = {"near": Sentences(), "far": Sentences()}
+    how: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "near_loss"}
+    trainer_of(tmp_path, RecorderCallback(tmp_path / "run"), held_out=held_out, **how).train()
+    for metrics in open_run(tmp_path / "run").metrics.values():
+        assert {"loss", "eval_near_loss", "eval_far_loss"} <= metrics.keys()
 
 
 def test_every_few_steps_are_recorded_by_their_number(tmp_path: Path) -> None:
