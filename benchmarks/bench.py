@@ -16,6 +16,7 @@ from pathlib import Path
 import fit
 import importing
 import integrity
+import recording
 import scaling
 import synthetic
 from measure import MACHINE
@@ -57,6 +58,7 @@ def parts(cache: Path) -> dict[str, Callable[[], list[str]]]:
         "reconstruct": lambda: fit.reconstruct(run_of(cache, 11_000_000, 100)),
         "integrity": lambda: integrity.integrity(cache, run_of(cache, 11_000_000, 100)),
         "importing": lambda: importing.importing(cache),
+        "recording": lambda: recording.recording(cache),
         "gpu": gpu,
     }
 

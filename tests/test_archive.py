@@ -21,6 +21,7 @@ from conftest import MakeRun, correlated
 from counting import LAYOUT, append, epoch_values
 from damage import DAMAGES, damaged
 from wholeness import assert_whole
+from zarr.storage import MemoryStore
 
 from trajkit import Run, RunWriter, fit, open_run, write_checkpoint
 from trajkit.digest import canonical_json, digest
@@ -32,9 +33,11 @@ from trajkit.errors import (
     TrajkitError,
     UnsupportedFormatError,
 )
+from trajkit.store import arrays as store_arrays
 from trajkit.store import format as store_format
 from trajkit.store import objects as store_objects
-from trajkit.store.format import COLUMN_GRID, chunk_rule
+from trajkit.store.arrays import encode, with_rows
+from trajkit.store.format import COLUMN_GRID, array_document, chunk_rule
 from trajkit.store.objects import LocalObjects
 
 
@@ -338,6 +341,22 @@ def test_a_chunk_equal_to_the_fill_value_is_stored(make_run: MakeRun) -> None:
 
 
 # --- What is in the way
+
+
+@pytest.mark.parametrize("shard", [8, 32])
+@pytest.mark.parametrize("n", [1, 31, 32, 96, 97, 104])
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool"])
+def test_raw_objects_have_the_bytes_that_zarr_gives_them(dtype: str, n: int, shard: int) -> None:
+    shards = (1, shard) if shard > 8 else None
+    document = with_rows(array_document(dtype, (0, n), (1, 8), ("epoch", "weight"), shards), 3)
+    values = np.random.default_rng(0).integers(0, 2, (1, n)).astype(dtype)
+    for columns in (slice(0, n), *(slice(start, min(start + shard, n)) for start in range(0, n, shard))):
+        region = (slice(2, 3), columns)
+        stored: dict[str, Any] = {}
+        array = store_arrays._array(MemoryStore(stored), "w", document, store_arrays.PYTHON_PIPELINE)
+        array[region] = values[:, columns]
+        ours = {key: b"".join(parts) for key, parts in encode("w", document, region, values[:, columns])}
+        assert ours == {key: buffer.to_bytes() for key, buffer in stored.items()}
 
 
 def test_no_run_and_no_epoch_yet(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ COMMANDS = [
 
 
 TRAINING = """
-import os, torch, trajkit
-with trajkit.Recorder(torch.nn.Linear(3, 2), os.environ["TRAJKIT_RUN"]) as recorder:
+import torch, trajkit
+with trajkit.Recorder(torch.nn.Linear(3, 2)) as recorder:
     recorder.record(0)
 print("trained")
 """

@@ -102,7 +102,7 @@ def test_recording_changes_nothing_in_the_model(tmp_path: Path) -> None:
     model = Awkward()
     before = copied(model)
     with Recorder(model, tmp_path / "run") as recorder:
-        recorder.record(0)
+        recorder.record(0, wait=True)
         recorded = load_weights(tmp_path / "run", 0)
         recorded["scalar"].fill_(100)
     assert_same(copied(model), before)
@@ -186,7 +186,7 @@ def test_float64_weights_that_float32_cannot_hold_are_refused(tmp_path: Path) ->
         model.weight += 1e-12
     with Recorder(model, tmp_path / "run") as recorder:
         with pytest.raises(InputError, match=r"'weight' is float64 with values that float32 cannot hold.*model.float"):
-            recorder.record(0)
+            recorder.record(0, wait=True)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.float())
@@ -199,7 +199,7 @@ def test_a_nan_names_its_tensor(tmp_path: Path) -> None:
     with torch.no_grad():
         model[1].bias[1] = torch.nan
     with Recorder(model, tmp_path / "run") as recorder, pytest.raises(InputError, match=r"epoch 3: '1.bias' has nan"):
-        recorder.record(3)
+        recorder.record(3, wait=True)
     with Recorder(model, tmp_path / "run", nonfinite="record") as recorder:
         recorder.record(3)
 

@@ -272,7 +272,7 @@ class RunWriter:
         """
         label = self.require_next(epoch)
         step = self.require_step(label, step)
-        values = EpochValues(label, weights, buffers, _plain(metrics or {}), step, self._nonfinite == "raise")
+        values = EpochValues(label, weights, buffers, plain_metrics(metrics or {}), step, self._nonfinite == "raise")
         probe_index = draw_probe(layout) if self.layout is None else self._probe_index
         self._writer.append(layout, values, probe_index)
 
@@ -331,7 +331,7 @@ def _label(value: Any, what: str) -> int:
     return int(value)
 
 
-def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Metrics as floats: numbers and 0-d arrays or tensors are taken."""
     if not isinstance(metrics, Mapping):
         raise InputError(f"metrics are a {type(metrics).__name__}, expected names and numbers; pass a dict")

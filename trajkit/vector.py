@@ -17,6 +17,8 @@ from .layout import ParameterLayout, TensorEntry
 # How BatchNorm's statistics are told from weights in a checkpoint file, which does not say what is a parameter.
 BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
+SPREAD = "is a DTensor, spread over processes; gather it with full_tensor()"
+
 Vectors = tuple[NDArray[np.float32], dict[str, NDArray[Any]]]
 
 
@@ -38,8 +40,8 @@ def layout_of(tensors: Mapping[str, Tensor], parameters: Collection[str] | None 
     """The layout of named tensors: floating `parameters` are weights, everything else are buffers.
 
     Without `parameters`, as with checkpoint files, every floating tensor is a weight that is not BatchNorm's by its
-    name. Tensors that share memory are tied: the first name holds the values, the others are its aliases. Raises
-    `LayoutError` naming a tensor that cannot be recorded.
+    name. Tensors that share memory are tied: the first name holds the values, the others are its aliases. A tensor that
+    is spread over processes has the shape of the whole. Raises `LayoutError` naming a tensor that cannot be recorded.
     """
     tied: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
@@ -64,24 +66,41 @@ def layout_of(tensors: Mapping[str, Tensor], parameters: Collection[str] | None 
 def flatten(layout: ParameterLayout, tensors: Mapping[str, Tensor]) -> Vectors:
     """Copies of the tensors as flat vectors on the host: weights (N,), and buffers, stored dtype -> (size,).
 
-    Raises `InputError` for float64 weights that float32 cannot hold exactly.
+    Raises `InputError` for float64 weights that float32 cannot hold exactly, `LayoutError` for a tensor that is spread
+    over processes.
     """
     weights = np.empty(layout.n_weights, dtype=np.float32)
     buffers = {dtype: np.empty(size, dtype=dtype) for dtype, size in layout.buffer_sizes.items()}
     for entry in layout.tensors:
-        tensor = tensors[entry.name].detach()
-        if entry.kind == "weight" and entry.dtype == "float64":
-            require_exact(entry.name, tensor)
-        if entry.size:
-            vector = weights if entry.kind == "weight" else buffers[entry.vector]
-            torch.from_numpy(vector[entry.offset : entry.stop]).view(entry.shape).copy_(tensor)
+        if is_spread(tensors[entry.name]):
+            raise LayoutError(f"'{entry.name}' {SPREAD}")
+        place(entry, tensors[entry.name], weights if entry.kind == "weight" else buffers.get(entry.vector))
     return weights, buffers
+
+
+def place(entry: TensorEntry, tensor: Tensor, vector: NDArray[Any] | None) -> None:
+    """Copy a tensor to its place in its vector, (size,), which may be None where the tensor has no values.
+
+    Raises `InputError` for float64 weights that float32 cannot hold exactly.
+    """
+    tensor = tensor.detach()
+    if entry.kind == "weight" and entry.dtype == "float64":
+        require_exact(entry.name, tensor)
+    if entry.size and vector is not None:
+        torch.from_numpy(vector[entry.offset : entry.stop]).view(entry.shape).copy_(tensor)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over several processes, as FSDP2 and tensor parallelism leave it."""
+    return hasattr(tensor, "placements")
 
 
 def identity(name: str, tensor: Tensor) -> Any:
     """Equal for tensors that are the same view of the same memory."""
     if tensor.numel() == 0:
         return name
+    if is_spread(tensor):  # its part here may be empty, and every process has to find the same ones
+        return id(tensor)
     pointer = tensor.untyped_storage().data_ptr()
     return tensor.device, pointer, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -105,7 +124,6 @@ def refusal(tensor: Tensor) -> str | None:
         ("is quantised", tensor.is_quantized, "record the model before quantisation"),
         (f"is {tensor.layout}", tensor.layout != torch.strided, "make it dense"),
         ("is complex", tensor.is_complex(), "record torch.view_as_real of it"),
-        ("is a DTensor, spread over processes", hasattr(tensor, "placements"), "gather it with full_tensor()"),
     ):
         if refused:
             return f"{found}, expected a dense real tensor with values; {cure}"

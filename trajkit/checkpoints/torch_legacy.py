@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..vector import identity, refusal
+from ..vector import SPREAD, identity, is_spread, refusal
 from .pickles import require_bounded_legacy
 from .stored import LoadedTensor, StoredTensor, first_line
 
@@ -36,7 +36,7 @@ def as_tensor(value: Any) -> LoadedTensor | None:
     """The tensor that a part of what was saved is, None where it is none."""
     if not isinstance(value, Tensor):
         return None
-    refused = refusal(value)
+    refused = refusal(value) or (SPREAD if is_spread(value) else None)
     return LoadedTensor(
         shape=() if value.is_nested else tuple(value.shape),
         dtype=str(value.dtype).removeprefix("torch."),

@@ -52,7 +52,7 @@ def encode(
     `document` is the array's ``zarr.json`` with a shape that contains the region; the region covers whole objects.
     """
     raw = RawArray.of(document)
-    if raw is not None and raw.chunk == raw.stored:
+    if raw is not None:
         keys = keys_of(path, document, _bounded(region, document))
         yield from zip(keys, raw.encode(values, document["fill_value"]), strict=True)
         return

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 CHECKSUM_BYTES = 4
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u8")])
 """The index at the end of a shard: where each of its chunks is; a checksum follows."""
+NOT_THERE = np.iinfo(np.uint64).max
+"""In the index, for a chunk that lies beyond the array's edge."""
 
 
 class RawDataError(ValueError):
@@ -63,17 +65,33 @@ class RawArray:
             self._read_object(file, start, view[begin : begin + (place.stop - place.start) * n_bytes])
 
     def encode(self, values: NDArray[Any], fill: Any) -> Iterator[list[memoryview | bytes]]:
-        """The objects of `values`, (rows, n) or (n,), of an array without shards; n covers whole chunks or its edge.
+        """The objects of `values`, (rows, n) or (n,); n covers whole objects or the array's edge.
 
-        Each comes in parts, so that the values need not be copied.
+        Each comes in parts, so that the values need not be copied, and has the bytes that zarr gives it.
         """
         for row in np.asarray(values, dtype=self.dtype).reshape(-1, values.shape[-1]):
-            for start in range(0, row.size, self.chunk):
-                chunk = row[start : start + self.chunk]
-                if chunk.size < self.chunk:
-                    chunk = np.concatenate([chunk, np.full(self.chunk - chunk.size, fill, self.dtype)])
-                data = np.ascontiguousarray(chunk).view(np.uint8)
-                yield [data.data, crc32c(data).to_bytes(CHECKSUM_BYTES, "little")]
+            for start in range(0, row.size, self.stored):
+                stored = row[start : start + self.stored]
+                firsts = range(0, stored.size, self.chunk)
+                chunks = [self._encoded(stored[first : first + self.chunk], fill) for first in firsts]
+                yield [part for chunk in chunks for part in chunk] + self._index(len(chunks))
+
+    def _encoded(self, chunk: NDArray[Any], fill: Any) -> list[memoryview | bytes]:
+        if chunk.size < self.chunk:
+            chunk = np.concatenate([chunk, np.full(self.chunk - chunk.size, fill, self.dtype)])
+        data = np.ascontiguousarray(chunk).view(np.uint8)
+        return [data.data, crc32c(data).to_bytes(CHECKSUM_BYTES, "little")]
+
+    def _index(self, n_chunks: int) -> list[memoryview | bytes]:
+        """What ends a shard with so many chunks; nothing where objects are no shards."""
+        if self.stored == self.chunk:
+            return []
+        table = np.full(self.stored // self.chunk, NOT_THERE, dtype=INDEX)
+        length = self.chunk * self.dtype.itemsize + CHECKSUM_BYTES
+        table["offset"][:n_chunks] = length * np.arange(n_chunks, dtype=np.uint64)
+        table["length"][:n_chunks] = length
+        content = table.tobytes()
+        return [content, crc32c(content).to_bytes(CHECKSUM_BYTES, "little")]
 
     def _pieces(self, columns: slice) -> Iterator[tuple[int, slice]]:
         """For each object of a row: where in it the columns begin, and their place in the row that is read."""
