@@ -111,7 +111,14 @@ class Committer:
             self._under_way += 1
             fitting = [memory for memory in self._pool if memory.layout is layout and memory.pinned == pinned]
             self._pool = fitting[:-1]  # what fits no longer goes
-        return fitting[-1] if fitting else HostMemory(layout, pinned)
+        if fitting:
+            return fitting[-1]
+        try:
+            return HostMemory(layout, pinned)
+        except BaseException:  # there may be no memory
+            with self._changed:
+                self._under_way -= 1
+            raise
 
     def give_back(self, memory: HostMemory) -> None:
         """What was in the memory is not needed any more."""

@@ -37,7 +37,7 @@ class RecordedModel:
         self, model: nn.Module, include: Patterns = (), exclude: Patterns = (), trainable_only: bool = False
     ) -> None:
         self._model = plain_model(model)
-        self._names: dict[str, str] = {}
+        self._names: tuple[list[str], list[str]] = [], []
         self._layout: tuple[Any, ParameterLayout] | None = None
         self._include, self._exclude = _patterns(include), _patterns(exclude)
         self._left_out: frozenset[str] = frozenset()
@@ -54,6 +54,8 @@ class RecordedModel:
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, uncopied; raises `LayoutError` for state that is no tensor."""
         named = self._plainly_named(model_tensors(self._model))
+        if not (self._include or self._exclude or self._left_out):
+            return named
         return {name: tensor for name, tensor in named.items() if self._is_chosen(name)}
 
     def layout(self, tensors: Mapping[str, Tensor]) -> ParameterLayout:
@@ -67,7 +69,7 @@ class RecordedModel:
         return self._layout[1]
 
     def _parameters(self) -> Collection[str]:
-        return self._plainly_named(dict(self._model.named_parameters(remove_duplicate=False)))
+        return set(_plain_names(self._model, dict(self._model.named_parameters(remove_duplicate=False))).values())
 
     def _is_chosen(self, name: str) -> bool:
         included = not self._include or any(fnmatchcase(name, pattern) for pattern in self._include)
@@ -76,9 +78,10 @@ class RecordedModel:
 
     def _plainly_named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors without what wrappers of submodules add to their names."""
-        if not self._names.keys() >= tensors.keys():
-            self._names |= _plain_names(self._model, tensors)
-        return {self._names[name]: tensor for name, tensor in tensors.items()}
+        names = list(tensors)
+        if self._names[0] != names:  # looked up once: a model is asked for its names at every epoch
+            self._names = names, list(_plain_names(self._model, names).values())
+        return dict(zip(self._names[1], tensors.values(), strict=True))
 
 
 def _wrapped(module: nn.Module) -> str | None:

@@ -40,6 +40,7 @@ class HostMemory:
                 entry.name: self._parts[_part(entry)][starts[entry.name] :][: entry.size].view(entry.shape)
                 for entry in layout.tensors
             }
+        self._rooms = {name: room for name, room in self._places.items() if room.numel()}
         self._copied: list[torch.cuda.Event] = []
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -47,11 +48,9 @@ class HostMemory:
 
         Returns when those on the host are copied; the copies of others may still be under way, see `wait`.
         """
-        names = [name for name, room in self._places.items() if room.numel()]
+        rooms, sources = self._rooms, [tensors[name] for name in self._rooms]
         with torch.inference_mode(False), torch.no_grad():
-            torch._foreach_copy_(
-                [self._places[name] for name in names], [tensors[name] for name in names], non_blocking=self.pinned
-            )
+            torch._foreach_copy_(list(rooms.values()), sources, non_blocking=self.pinned)
         self._copied = _events(tensors.values()) if self.pinned else []
 
     def gather(self, tensors: Mapping[str, Tensor]) -> None:
