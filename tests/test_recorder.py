@@ -98,6 +98,19 @@ def test_a_training_that_is_started_again_goes_on(tmp_path: Path) -> None:
     assert open_run(tmp_path / "run").epochs.tolist() == list(range(12))
 
 
+def test_a_recorder_forecasts_what_its_run_will_take(tmp_path: Path) -> None:
+    with Recorder(nn.Linear(300, 100), tmp_path / "run") as recorder:
+        before = recorder.forecast(20)
+        assert str(before).startswith("30,100 weights: ")
+        recorder.record(0)
+        recorder.record(1, wait=True)
+        after = recorder.forecast(20)
+        assert (before.recorded, after.recorded) == (0, 2)
+        assert before.total_bytes == after.total_bytes
+        assert after.epoch_s is not None
+    assert open_run(tmp_path / "run").forecast(20).total_bytes == before.total_bytes
+
+
 def test_recording_changes_nothing_in_the_model(tmp_path: Path) -> None:
     model = Awkward()
     before = copied(model)

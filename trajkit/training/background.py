@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ..errors import InputError, placed
 from ..layout import ParameterLayout, require_same_layout
 from ..run import RunWriter
+from ..store.forecast import Forecast
 from .snapshot import HostMemory, SpareVectors
 
 MOST_UNDER_WAY = 2
@@ -61,6 +62,10 @@ class Committer:
         """The epoch after which the next one comes: the last one that is committed or in the queue."""
         waiting = [snapshot.epoch for snapshot in self._waiting()]
         return max((*waiting, *self.epochs[-1:]), default=None)
+
+    def forecast(self, layout: ParameterLayout, epochs: int) -> Forecast:
+        """What so many epochs of a layout take, those that are committed among them."""
+        return self._writer.forecast(layout, epochs)
 
     def require_next(self, epoch: int, step: int | None, layout: ParameterLayout) -> tuple[int, int | None]:
         """`epoch` and `step` as integers, if they can come next with this layout; raises an earlier epoch's error.

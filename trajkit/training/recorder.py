@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import InputError, placed
 from ..layout import ParameterLayout, require_same_layout
 from ..run import NonFinite, PathLike, RunWriter, plain_metrics
+from ..store.forecast import Forecast, forecast
 from ..vector import is_spread
 from .background import Committer, Snapshot
 from .launching import RUN_VARIABLE
@@ -123,6 +124,13 @@ class Recorder:
         """The epoch after the last one recorded, 0 in a new run: where a resumed training goes on."""
         last = max(self._elsewhere, default=None) if self._committer is None else self._committer.last
         return 0 if last is None else last + 1
+
+    def forecast(self, epochs: int) -> Forecast:
+        """What a run of so many epochs of this model takes, those that are recorded among them; `print` tells it."""
+        layout = self._model.layout(self._model.tensors())
+        return (
+            forecast(layout, epochs, self.path) if self._committer is None else self._committer.forecast(layout, epochs)
+        )
 
     def record(
         self,
