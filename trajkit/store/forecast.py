@@ -56,7 +56,7 @@ class Forecast:
         most = "at most " if self.packable else ""
         time = "" if self.epoch_s is None else f" and {self.epoch_s:.2g} s"
         text = f"{self.n_weights:,} weights: {most}{size(self.epoch_bytes)}{time} an epoch"
-        text += f", {most}{size(self.total_bytes)} for {self.epochs} epochs"
+        text += f", {most}{size(self.total_bytes)} for {self.epochs} epoch{'s' if self.epochs > 1 else ''}"
         if self.recorded:
             text += f", of which {self.recorded} are there"
         if self.free_bytes is None:
