@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import trajkit
+from trajkit.kernels.clustering import DistanceCut
 
 from .options import epochs_option, json_option, quiet_option, run_argument
 from .output import echo_json, echo_table, number, progress, talk
@@ -93,7 +94,7 @@ def fit(
         for fitted in trajkit.follow(
             run, name or "followed", warmup, interval, **settings, **resources, device=options["device"]
         ):
-            _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json, indent=None)
+            echo_fit(run, fitted, options["modes"], time.perf_counter() - began, as_json, indent=None)
             began = time.perf_counter()
         return
     opened = trajkit.open_run(run)
@@ -114,7 +115,7 @@ def fit(
     if update is not None and fitted.epochs[-1] == last and not as_json:
         click.echo(f"fit '{update}': nothing was recorded since epoch {last}")
     else:
-        _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json)
+        echo_fit(run, fitted, options["modes"], time.perf_counter() - began, as_json)
 
 
 def _given(ctx: click.Context) -> set[str]:
@@ -140,14 +141,15 @@ def _require_compatible(given: set[str], update: str | None, follow: bool) -> No
 def _choices(options: dict[str, Any]) -> dict[str, Any]:
     cut = options["cut"]
     return {
-        "modes": trajkit.DistanceCut(cut) if cut is not None else options["modes"] or 10,
+        "modes": DistanceCut(cut) if cut is not None else options["modes"] or 10,
         **{key: options[key] for key in ("samples", "sampling", "seed", "epochs")},
     }
 
 
-def _echo(
+def echo_fit(
     run: str | Path, fitted: Decomposition, modes: int | None, elapsed_s: float, as_json: bool, indent: int | None = 2
 ) -> None:
+    """Print a fit that was made now."""
     if as_json:
         echo_json(
             {

@@ -13,6 +13,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .fit import fit
 from .info import info
+from .online import online
 from .reconstruct import reconstruct
 from .record import record
 from .repair import repair
@@ -46,5 +47,5 @@ def main() -> None:
     """
 
 
-for _command in (record, fit, reconstruct, evaluate, info, check, verify, repair, demo):
+for _command in (record, fit, online, reconstruct, evaluate, info, check, verify, repair, demo):
     main.add_command(_command)
