@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from .errors import TrajkitError
     from .estimator import CMD
     from .health import check
-    from .kernels.clustering import DistanceCut
     from .layout import ParameterLayout
     from .pipeline import fit, follow, update
     from .run import Run, RunWriter, load_weights, open_run
     from .store.repair import repair
     from .store.verify import verify
     from .training.evaluate import evaluate
+    from .training.online import OnlineCMD
     from .training.recorder import Recorder
 
 # Loaded when first asked for: torch, zarr and scikit-learn take seconds to import, and nobody needs them all.
 _HOMES = {
     "CMD": "estimator",
     "Decomposition": "decomposition",
-    "DistanceCut": "kernels.clustering",
+    "OnlineCMD": "training.online",
     "ParameterLayout": "layout",
     "Recorder": "training.recorder",
     "Run": "run",
@@ -53,7 +53,7 @@ _HOMES = {
 __all__ = [
     "CMD",
     "Decomposition",
-    "DistanceCut",
+    "OnlineCMD",
     "ParameterLayout",
     "Recorder",
     "Run",
