@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import trajkit
-from trajkit.kernels.clustering import DistanceCut
 
 from .options import epochs_option, json_option, quiet_option, run_argument
 from .output import echo_json, echo_table, number, progress, talk
@@ -141,7 +140,7 @@ def _require_compatible(given: set[str], update: str | None, follow: bool) -> No
 def _choices(options: dict[str, Any]) -> dict[str, Any]:
     cut = options["cut"]
     return {
-        "modes": DistanceCut(cut) if cut is not None else options["modes"] or 10,
+        "modes": trajkit.DistanceCut(cut) if cut is not None else options["modes"] or 10,
         **{key: options[key] for key in ("samples", "sampling", "seed", "epochs")},
     }
 

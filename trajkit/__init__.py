@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CMD": "estimator",
     "Decomposition": "decomposition",
+    "DistanceCut": "kernels.clustering",  # found, but not among the twenty names that are listed
     "OnlineCMD": "training.online",
     "ParameterLayout": "layout",
     "Recorder": "training.recorder",

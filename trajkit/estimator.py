@@ -27,7 +27,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     Parameters
     ----------
     n_modes : int or DistanceCut, default 10
-        M, the largest number of modes, or a cut of the cluster tree (`trajkit.kernels.clustering`).
+        M, the largest number of modes, or a cut of the cluster tree.
     n_samples : int, default 1000
         K, how many weights the clusters are found on; all if there are fewer.
     sampling : {"uniform", "variance"}, default "uniform"

@@ -58,8 +58,8 @@ def fit(
     """Fit CMD to a run and save the fit inside it (Brokman et al. 2024, section 3.1).
 
     run: a `Run`, or the path of one.
-    modes: M, or a `DistanceCut` of the cluster tree (`trajkit.kernels.clustering`). Fewer modes are fitted where the
-        sample has fewer clusters.
+    modes: M, or a `trajkit.DistanceCut` of the cluster tree. Fewer modes are fitted where the sample has fewer
+        clusters.
     samples: K, how many weights the clusters are found on; all of them if the model has fewer.
     sampling: ``"balanced"`` (half spread equally over tensors, half by their size), ``"uniform"``, or ``"variance"``
         (probability ∝ exp(standard deviation over time), among the probe). Samples come from the run's probe where
