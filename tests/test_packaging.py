@@ -18,6 +18,7 @@ def test_the_public_face() -> None:
     assert sorted(trajkit.__all__) == [
         "CMD",
         "Decomposition",
+        "EmbeddedCMD",
         "OnlineCMD",
         "ParameterLayout",
         "Recorder",

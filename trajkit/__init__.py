@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .run import Run, RunWriter, load_weights, open_run
     from .store.repair import repair
     from .store.verify import verify
+    from .training.embedded import EmbeddedCMD
     from .training.evaluate import evaluate
     from .training.online import OnlineCMD
     from .training.recorder import Recorder
@@ -32,6 +33,7 @@ _HOMES = {
     "CMD": "estimator",
     "Decomposition": "decomposition",
     "DistanceCut": "kernels.clustering",  # found, but not among the twenty names that are listed
+    "EmbeddedCMD": "training.embedded",
     "OnlineCMD": "training.online",
     "ParameterLayout": "layout",
     "Recorder": "training.recorder",
@@ -54,6 +56,7 @@ _HOMES = {
 __all__ = [
     "CMD",
     "Decomposition",
+    "EmbeddedCMD",
     "OnlineCMD",
     "ParameterLayout",
     "Recorder",

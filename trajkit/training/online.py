@@ -102,14 +102,29 @@ class OnlineCMD:
         return self._moments is not None
 
     @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """The weight tensors that are modelled, tied ones once."""
+        return self._layout.weights
+
+    @property
+    def moments(self) -> ModelMoments:
+        """What is kept of the weights since the warm-up; raises `InputError` before its end."""
+        if self._moments is None:
+            raise InputError(
+                f"online CMD has seen {self.n_updates} of {self.warmup} epochs of its warm-up and has no modes yet;"
+                " go on training"
+            )
+        return self._moments
+
+    @property
     def n_modes(self) -> int:
         """M; may be fewer than asked for where the sample has fewer clusters. Raises `InputError` before."""
-        return int(self._warm.index.size)
+        return int(self.moments.index.size)
 
     @property
     def reference_index(self) -> NDArray[np.int64]:
         """(M,) which weights of the flat vector the references are."""
-        return self._warm.index
+        return self.moments.index
 
     @property
     def mode(self) -> NDArray[np.uint16]:
@@ -134,7 +149,7 @@ class OnlineCMD:
         """
         self._require_own_weights()
         self._require_usable()
-        tensors = self._tensors(model)
+        tensors = self.tensors_of(model)
         if self._moments is None:
             self._warm_up.add(tensors)
             if self.n_updates + 1 == self.warmup:
@@ -169,12 +184,12 @@ class OnlineCMD:
         """
         self._require_own_weights()
         self._require_usable()
-        tensors = self._tensors(model)
+        tensors = self.tensors_of(model)
         mine = (tensors if self._moments is not None else {}) | dict(model.named_buffers())
         before = {name: tensor.detach().clone() for name, tensor in mine.items()}
         self._swapped = True
         try:
-            self._write(tensors)
+            self.write(tensors)
             yield model
         finally:
             self._swapped = False
@@ -213,7 +228,7 @@ class OnlineCMD:
             self._warm_up.load(state_dict["warm_up"])
             self._moments = None
         else:
-            tensors = self._tensors(self._model)
+            tensors = self.tensors_of(self._model)
             self._moments = ModelMoments.from_state(self._tracked.tensors, tensors, state_dict["moments"])
             self._warm_up.close()
         self.n_updates = state_dict["n_updates"]
@@ -232,15 +247,6 @@ class OnlineCMD:
             "use_buffers": self._use_buffers,
         }
 
-    @property
-    def _warm(self) -> ModelMoments:
-        if self._moments is None:
-            raise InputError(
-                f"online CMD has seen {self.n_updates} of {self.warmup} epochs of its warm-up and has no modes yet;"
-                " go on training"
-            )
-        return self._moments
-
     def _require_own_weights(self) -> None:
         if self._swapped:
             raise InputError("the model has the CMD weights now, expected its own; leave the `with` block first")
@@ -249,7 +255,7 @@ class OnlineCMD:
         if self._broken:
             raise InputError(f"{self._broken}, expected finite weights; load_state_dict a state from before")
 
-    def _tensors(self, model: Model) -> dict[str, Tensor]:
+    def tensors_of(self, model: Model) -> dict[str, Tensor]:
         """The tensors that are modelled, by name; raises `LayoutError` where they have changed."""
         every: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         if self._use_buffers:
@@ -282,8 +288,8 @@ class OnlineCMD:
         self._warm_up.close()
         return started
 
-    def _write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the CMD weights to tensors, where there are any."""
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the CMD weights to tensors by their names, where there are any yet."""
         if self._moments is None:
             return
         with torch.no_grad():
@@ -301,10 +307,10 @@ class OnlineCMD:
             for name, tensor in mine.items():
                 if name not in modelled:
                     tensor.copy_(theirs[name])
-        self._write(self._tensors(module))
+        self.write(self.tensors_of(module))
 
     def _gathered(self) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.float64]]:
-        n, moments = self._layout.n_weights, self._warm
+        n, moments = self._layout.n_weights, self.moments
         mode, scale, offset = np.empty(n, np.uint16), np.empty(n, np.float32), np.empty(n)
         for entry, block in moments.host_blocks():
             if entry.kind == "weight":
