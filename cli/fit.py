@@ -93,7 +93,7 @@ def fit(
         for fitted in trajkit.follow(
             run, name or "followed", warmup, interval, **settings, **resources, device=options["device"]
         ):
-            _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json, indent=None)
+            echo_fit(run, fitted, options["modes"], time.perf_counter() - began, as_json, indent=None)
             began = time.perf_counter()
         return
     opened = trajkit.open_run(run)
@@ -114,7 +114,7 @@ def fit(
     if update is not None and fitted.epochs[-1] == last and not as_json:
         click.echo(f"fit '{update}': nothing was recorded since epoch {last}")
     else:
-        _echo(run, fitted, options["modes"], time.perf_counter() - began, as_json)
+        echo_fit(run, fitted, options["modes"], time.perf_counter() - began, as_json)
 
 
 def _given(ctx: click.Context) -> set[str]:
@@ -145,9 +145,10 @@ def _choices(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _echo(
+def echo_fit(
     run: str | Path, fitted: Decomposition, modes: int | None, elapsed_s: float, as_json: bool, indent: int | None = 2
 ) -> None:
+    """Print a fit that was made now."""
     if as_json:
         echo_json(
             {

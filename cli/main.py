@@ -14,6 +14,7 @@ from .evaluate import evaluate
 from .export import export
 from .fit import fit
 from .info import info
+from .online import online
 from .reconstruct import reconstruct
 from .record import record
 from .repair import repair
@@ -47,5 +48,5 @@ def main() -> None:
     """
 
 
-for _command in (record, fit, reconstruct, export, evaluate, info, check, verify, repair, demo):
+for _command in (record, fit, online, reconstruct, export, evaluate, info, check, verify, repair, demo):
     main.add_command(_command)

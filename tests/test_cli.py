@@ -59,6 +59,18 @@ def test_the_whole_path(tmp_path: Path) -> None:
         assert words in shown
 
 
+def test_online_cmd_is_replayed_and_evaluated_like_a_fit(digits_path: Path) -> None:
+    shown = invoke("online", digits_path, "--warmup", 10, "--modes", 4, "-q").stdout
+    assert "fit 'online4': 4 modes, 10 epochs" in shown
+    assert f"epochs 10 to 39 follow: trajkit evaluate {digits_path} --fit online4 --with …" in shown
+    evaluate = ("evaluate", digits_path, "--fit", "online4", "--with", "trajkit.demo:test_accuracy", "--epochs", "5,30")
+    early, late = invoke_json(*evaluate)["epochs"]
+    assert early["modelled"] == early["recorded"]
+    assert late["modelled"] != late["recorded"]
+    assert late["modelled"]["test_accuracy"] > 0.9
+    assert invoke_json("online", digits_path, "--reassign", "-q")["settings"]["online"]
+
+
 def bias_sum(state_dict: dict[str, Any]) -> dict[str, float]:
     return {"sum": state_dict["bias"].sum()}
 
@@ -131,6 +143,8 @@ def test_fewer_modes_than_asked_for_are_told(tmp_path: Path) -> None:
             "test_cli:failing raised RuntimeError: my mistake while evaluating the recorded weights of epoch 3",
         ),
         (["evaluate", "RUN", "--with", "broken_module:f"], 2, "'broken_module:f' cannot be loaded"),
+        (["online", "RUN", "--warmup", "40"], 1, "40 epochs, expected more than the warm-up's 40; give a smaller"),
+        (["fit", "RUN", "--update", "online2"], 1, "no fit 'online2'"),
         (["record", "RUN", "missing3.pt"], 1, "missing3.pt: no such file, expected a checkpoint"),
         (["record", "new"], 2, "nothing to record; give checkpoints, or --watch DIR"),
         (["nonsense"], 2, "No such command 'nonsense'"),
@@ -176,7 +190,7 @@ def test_numbers_and_sizes_are_short() -> None:
     assert sizes == ["0 B", "1023 B", "1.0 KiB", "3.0 GiB", "5120.0 TiB"]
 
 
-@pytest.mark.parametrize("command", ["record", "fit", "reconstruct", "evaluate", "info", "check", "demo"])
+@pytest.mark.parametrize("command", ["record", "fit", "online", "reconstruct", "evaluate", "info", "check", "demo"])
 def test_every_help_has_an_example(command: str) -> None:
     assert f"Example:\n    trajkit {command}" in invoke(command, "--help").stdout
 

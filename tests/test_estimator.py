@@ -11,7 +11,8 @@ from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from trajkit import CMD, DistanceCut
+from trajkit import CMD
+from trajkit.kernels.clustering import DistanceCut
 
 
 @parametrize_with_checks([CMD(), CMD(n_modes=3, sampling="variance", random_state=0)])

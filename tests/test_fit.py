@@ -17,8 +17,9 @@ from conftest import REPOSITORY, MakeRun, correlated
 from torch import nn
 
 import trajkit.pipeline
-from trajkit import CMD, DistanceCut, Recorder, Run, fit, open_run
+from trajkit import CMD, Recorder, Run, fit, open_run
 from trajkit.errors import InputError, PathExistsError, RunLockedError, UnknownNameError
+from trajkit.kernels.clustering import DistanceCut
 from trajkit.store import format as store_format
 from trajkit.store.fits import FitShape, FitWriter
 from trajkit.store.objects import LocalObjects

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -163,6 +163,15 @@ class Decomposition:
 
     def state_dict(self, epoch: int) -> dict[str, Any]:
         """Name -> `torch.Tensor` of the modelled weights at a recorded epoch, buffers as recorded then."""
-        layout = self.run.layout
-        vector = self.modelled([epoch])[0]
-        return to_tensors(layout, layout.split(vector, layout.weights) | self.run.stored_buffers(epoch))
+        return next(self.state_dicts([epoch]))
+
+    def state_dicts(self, epochs: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """`state_dict` of rising epochs, one after the other."""
+        layout, labels = self.run.layout, list(epochs)
+        for epoch, vector in zip(labels, self.one_by_one(labels), strict=True):
+            yield to_tensors(layout, layout.split(vector, layout.weights) | self.run.stored_buffers(epoch))
+
+    def one_by_one(self, epochs: Iterable[int]) -> Iterator[NDArray[np.float32]]:
+        """(N,) modelled weights at rising recorded epochs, one after the other."""
+        for epoch in epochs:
+            yield self.modelled([epoch])[0]

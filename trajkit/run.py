@@ -16,6 +16,7 @@ from .averages import Average, average_of
 from .decomposition import Decomposition
 from .errors import InputError, UnknownNameError
 from .layout import ParameterLayout, TensorEntry
+from .replay import OnlineDecomposition
 from .store.archive import Archive
 from .store.evaluations import Evaluation, read_evaluations
 from .store.fits import fit_names, open_fit
@@ -177,7 +178,8 @@ class Run:
 
     def fit(self, name: str) -> Decomposition:
         """A saved fit; raises `UnknownNameError` naming those that exist."""
-        return Decomposition(self, open_fit(self.archive.objects, name, self.layout))
+        stored = open_fit(self.archive.objects, name, self.layout)
+        return (OnlineDecomposition if stored.attributes["settings"].get("online") else Decomposition)(self, stored)
 
     def average(
         self, epochs: str | Iterable[int] | None = None, ema: float | None = None, up_to: int | None = None

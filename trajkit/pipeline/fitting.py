@@ -50,6 +50,7 @@ def fit(
     progress: Progress | None = None,
     *,
     updatable: bool = False,
+    online: bool = False,
     memory: int | str | None = None,
     scheduler: Choice | Scheduler = None,
     device: str = "cpu",
@@ -57,7 +58,8 @@ def fit(
     """Fit CMD to a run and save the fit inside it (Brokman et al. 2024, section 3.1).
 
     run: a `Run`, or the path of one.
-    modes: M, or a `DistanceCut` of the cluster tree. Fewer modes are fitted where the sample has fewer clusters.
+    modes: M, or a `trajkit.DistanceCut` of the cluster tree. Fewer modes are fitted where the sample has fewer
+        clusters.
     samples: K, how many weights the clusters are found on; all of them if the model has fewer.
     sampling: ``"balanced"`` (half spread equally over tensors, half by their size), ``"uniform"``, or ``"variance"``
         (probability ∝ exp(standard deviation over time), among the probe). Samples come from the run's probe where
@@ -65,9 +67,11 @@ def fit(
     seed: of the sampling.
     epochs: labels of the recorded epochs to fit, all by default.
     sample_index: (K,) indices of the weights to use as the sample; `samples`, `sampling` and `seed` do not apply then.
-    name: of the fit in the run; ``modes10`` or the like by default, numbered where that exists.
+    name: of the fit in the run; ``modes10``, ``online10`` or the like by default, numbered where that exists.
     progress: called with the number of weights done and N.
     updatable: keep 4·M + 8 bytes a weight more, so that `update` need not read the old epochs.
+    online: take the epochs for the warm-up of online CMD: the weights modelled at a later epoch follow from all epochs
+        up to that one, with the references of the warm-up, and its modes unless the fit is `updatable`.
     memory: bytes, or a text such as ``"2GiB"``, that the work may use beyond what the process has in use; a quarter of
         what is free by default. On a cluster, of each worker process; half of its limit by default.
     scheduler: ``"threads"`` (as many as cores, or dask's setting ``num_workers``), ``"synchronous"`` (a single one),
@@ -86,6 +90,8 @@ def fit(
         raise InputError(f"{run.path}: {rows.size} epochs to fit, a correlation needs at least 2; record or name more")
     choice = SampleChoice(samples, sampling, seed, sample_index)
     settings = {"modes": vars(modes) if isinstance(modes, DistanceCut) else modes, **choice.settings}
+    if online:
+        settings["online"] = True
     with scheduler_of(scheduler) as chosen_scheduler:
         resources = Resources(chosen_scheduler, bytes_of(memory), device)
         n_samples = choice.count(run)
@@ -96,7 +102,7 @@ def fit(
             reference_index, reference = choose(run, rows, sample, modes)
         shape = FitShape(run.layout.n_weights, rows.size, reference_index.size, sample.size, updatable)
         plan = resources.plan_fit(run, shape)
-        with _writer_for(run, modes, name, shape) as writer:
+        with _writer_for(run, default_name(modes, online), name, shape) as writer:
             task = FitBlock(run, rows, References(reference), writer.blocks, plan, device)
             save(run, writer, task, resources.scheduler, progress, Fitted(rows, reference_index, sample, settings))
     return run.fit(writer.name)
@@ -214,12 +220,18 @@ def _hashing_ahead(run: Run, rows: NDArray[np.int64]) -> Iterator[None]:
             enough.set()
 
 
-def _writer_for(run: Run, modes: Cut, name: str | None, shape: FitShape) -> FitWriter:
-    """The writer of the fit by its name, or by the first default name that is free and that nobody else is writing."""
+def default_name(modes: Cut, online: bool) -> str:
+    """What a fit is called by default, where that is free."""
+    if isinstance(modes, DistanceCut):
+        return f"{'online-' if online else ''}cut{modes.divisor:g}".replace("+", "")
+    return f"{'online' if online else 'modes'}{modes}"
+
+
+def _writer_for(run: Run, base: str, name: str | None, shape: FitShape) -> FitWriter:
+    """The writer of the fit by its name, or by the first that is free of `base`, `base`-2, … and not being written."""
     objects = run.archive.objects
     if name is not None:
         return FitWriter(objects, name, shape)
-    base = f"cut{modes.divisor:g}".replace("+", "") if isinstance(modes, DistanceCut) else f"modes{modes}"
     for number in itertools.count(1):
         with contextlib.suppress(PathExistsError, RunLockedError):
             return FitWriter(objects, base if number == 1 else f"{base}-{number}", shape)

@@ -13,6 +13,7 @@ from ..decomposition import Decomposition
 from ..errors import InputError, RunNotFoundError
 from ..kernels.affine import References
 from ..kernels.clustering import DistanceCut
+from ..replay import OnlineDecomposition
 from ..run import PathLike, Run, open_run
 from ..store.fits import FitShape, FitWriter
 from ..store.writer import is_being_written
@@ -48,6 +49,11 @@ def update(
     """
     run = run if isinstance(run, Run) else open_run(run)
     previous = run.fit(name)
+    if isinstance(previous, OnlineDecomposition):
+        raise InputError(
+            f"{run.path}: fit '{name}' is an online one, expected one of `trajkit.fit` without online=True;"
+            " it follows later epochs without an update"
+        )
     fitted_rows = run.rows_of(previous.epochs)
     sound = run.rows_of(None)
     further = sound[run.epochs[sound] > previous.epochs[-1]]

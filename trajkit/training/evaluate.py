@@ -54,9 +54,10 @@ def evaluate(
             progress(done, total)
         return score
 
+    modelled_ones = None if decomposition is None else decomposition.state_dicts(labels)
     for epoch in labels:
         recorded = scored(run.state_dict(epoch), "recorded")
-        modelled = None if decomposition is None else scored(decomposition.state_dict(epoch), "modelled")
+        modelled = None if modelled_ones is None else scored(next(modelled_ones), "modelled")
         table.append(EvaluatedEpoch(epoch, recorded, modelled))
     evaluation = Evaluation(
         function=f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', repr(function))}",

@@ -1,0 +1,82 @@
+"""`trajkit online`"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+import trajkit
+from trajkit.errors import InputError
+
+from .fit import echo_fit
+from .options import json_option, quiet_option, run_argument
+from .output import progress
+
+
+@click.command()
+@run_argument
+@click.option("--warmup", type=click.IntRange(min=2), default=20, show_default=True, help="F, the first epochs.")
+@click.option("--modes", type=click.IntRange(min=1), default=10, show_default=True, help="M, the number of modes.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="K, how many weights the clusters are found on.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling.")
+@click.option("--reassign", is_flag=True, help="A weight's mode is its best reference so far, not the warm-up's.")
+@click.option("--name", help="Of the fit in the run.  [default: online10 or the like]")
+@click.option(
+    "--memory", metavar="BYTES", help="What the fit may use, such as 2GiB.  [default: a quarter of what is free]"
+)
+@quiet_option
+@json_option
+def online(
+    run: str | Path,
+    warmup: int,
+    modes: int,
+    samples: int,
+    seed: int,
+    reassign: bool,
+    name: str | None,
+    memory: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Save in RUN what `trajkit.OnlineCMD` would have been beside this training.
+
+    The references and modes come from the first epochs, the warm-up; the weights modelled at a later epoch follow from
+    all epochs up to that one. Nothing else is stored: `evaluate`, `reconstruct` and `export` model them as they read
+    the run, `evaluate` in one pass.
+
+    \b
+    Example:
+      trajkit online data/digits --warmup 20
+      trajkit evaluate data/digits --fit online10 --with trajkit.demo:test_accuracy
+    """
+    began = time.perf_counter()
+    opened = trajkit.open_run(run)
+    sound = opened.epochs[opened.rows_of(None)]
+    if len(sound) <= warmup:
+        raise InputError(
+            f"{run}: {len(sound)} epochs, expected more than the warm-up's {warmup}; give a smaller --warmup"
+        )
+    with progress("fitting weights", quiet) as report:
+        fitted = trajkit.fit(
+            opened,
+            modes=modes,
+            samples=samples,
+            seed=seed,
+            epochs=sound[:warmup],
+            name=name,
+            progress=report,
+            online=True,
+            updatable=reassign,
+            memory=memory,
+        )
+    echo_fit(run, fitted, modes, time.perf_counter() - began, as_json)
+    if not as_json:
+        click.echo(f"epochs {sound[warmup]} to {sound[-1]} follow: trajkit evaluate {run} --fit {fitted.name} --with …")

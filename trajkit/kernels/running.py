@@ -1,0 +1,253 @@
+"""Online CMD: means and products with the references that take one epoch at a time, in place; no trajectory is kept.
+
+With running means μ of a weight w and ρ of its reference r, an epoch brings
+
+    ρ' = ρ + (r - ρ)/n,   Q += (r - ρ)(r - ρ'),   C += (w - μ)(r - ρ'),   μ' = μ + (w - μ)/n,
+
+and then a = C/Q and b = μ' - a·ρ'. Source: Brokman et al. 2024, Eq. 8-10, in the centred form of Welford 1962.
+
+What is kept of a weight takes 11 bytes, 12 with more than 256 modes. A float32 mean would not do: a weight near 1 that
+moves by 1e-4 would lose three digits to the rounding of its mean, every epoch anew. So the mean has 40 bits: a float32
+and the `rest`, its rounding error in units of 2⁻³⁹ of it. Everything else is float32 arithmetic of the motion, in
+which the rounding is relative to the motion. An epoch is read once and its numbers are written once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from .affine import References
+
+TILE = 512
+"""Weights handled at a time: what is noted of them stays in the first-level cache."""
+
+UNIT = np.float32(2.0**-39)
+"""Of the mean: what a step of its `rest` is. Half a unit in the last place of a float32 is at most 2¹⁵ of these."""
+MOST = np.float32(32767.0)
+ROUNDER = np.float32(1.5 * 2**23)
+"""Added and subtracted again, it rounds a float32 of at most 2²² to an integer, halves to even ones."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an epoch does to every weight: its share 1/n in the mean, and r - ρ' of each reference, (M,)."""
+
+    share: np.float32
+    gain: NDArray[np.float32]
+
+
+class ReferenceMoments:
+    """Of the M references over the epochs so far: `count`, `mean` (M,), and `power` (M,) Σ(r - mean)²; in float64."""
+
+    def __init__(self, count: int, mean: NDArray[np.float64], power: NDArray[np.float64]) -> None:
+        self.count = count
+        self.mean = mean
+        self.power = power
+        self.values = mean
+        """(M,) at the epoch that was taken last."""
+
+    @classmethod
+    def of(cls, references: References) -> ReferenceMoments:
+        """Over the epochs of a fit."""
+        moments = cls(len(references.trajectories), references.mean.copy(), references.norm**2)
+        moments.values = references.trajectories[-1].astype(np.float64)
+        return moments
+
+    def take(self, values: NDArray[np.floating]) -> Step:
+        """Take the references' (M,) values at one more epoch; what that does to the weights."""
+        self.values = values.astype(np.float64)
+        moved = self.values - self.mean
+        self.count += 1
+        self.mean = self.mean + moved / self.count
+        gain = self.values - self.mean
+        self.power = self.power + moved * gain
+        return Step(np.float32(1.0 / self.count), gain.astype(np.float32))
+
+    def per_power(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(M,) values / power; 0 for a reference that has not moved."""
+        return np.divide(values, self.power, out=np.zeros_like(self.power), where=self.power > 0)
+
+    @property
+    def reach(self) -> NDArray[np.float32]:
+        """(M,) what a weight's product with its reference is multiplied by to give a·(r - ρ) at the last epoch."""
+        return self.per_power(self.values - self.mean).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class RunningBlock:
+    """What online CMD keeps of n weights; arrays that `take` changes in place.
+
+    With `mode` (n,), the modes are fixed and `products` is (n,). Without, it is (M, n), and the mode is the reference
+    with the largest correlation so far.
+    """
+
+    mean: NDArray[np.float32]
+    rest: NDArray[np.int16]
+    products: NDArray[np.float32]
+    mode: NDArray[np.unsignedinteger[Any]] | None
+
+    @classmethod
+    def of_fit(
+        cls,
+        moments: ReferenceMoments,
+        mode: NDArray[np.uint16],
+        scale: NDArray[np.float32],
+        mean: NDArray[np.float64],
+    ) -> RunningBlock:
+        """Of weights with fixed modes, from their fit over the epochs of the references."""
+        products = (scale.astype(np.float64) * moments.power[mode]).astype(np.float32)
+        return cls(*split_mean(mean), products, mode.astype(mode_dtype(moments.mean.size)))
+
+    @classmethod
+    def of_updatable(
+        cls,
+        moments: ReferenceMoments,
+        correlations: NDArray[np.float32],
+        variation: NDArray[np.float64],
+        mean: NDArray[np.float64],
+    ) -> RunningBlock:
+        """Of weights whose modes may change, from a fit that has kept its (M, n) correlations."""
+        products = correlations * np.sqrt(variation) * np.sqrt(moments.power)[:, None]
+        return cls(*split_mean(mean), products.astype(np.float32), None)
+
+    def part(self, columns: slice) -> RunningBlock:
+        """Some of the weights, in the same memory."""
+        mode = None if self.mode is None else self.mode[columns]
+        return RunningBlock(self.mean[columns], self.rest[columns], self.products[..., columns], mode)
+
+    def take(self, weights: NDArray[np.float32], step: Step) -> bool:
+        """Take one more epoch of the weights (n,), in place; False where one of them is not finite. Frees the GIL."""
+        if self.mode is None:
+            return bool(_take_every(weights, self.mean, self.rest, self.products, step.share, step.gain))
+        return bool(_take(weights, self.mean, self.rest, self.products, self.mode, step.share, step.gain))
+
+    def modelled(self, moments: ReferenceMoments, out: NDArray[np.float32]) -> None:
+        """Write the modelled weights (n,) at the references' last epoch to `out`: mean + a·(r - ρ)."""
+        mode, products = self.chosen(moments)
+        _model(self.mean, self.rest, products, mode, moments.reach, out)
+
+    def chosen(self, moments: ReferenceMoments) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
+        """(n,) modes, and the products with their references."""
+        if self.mode is not None:
+            return self.mode, self.products
+        length = np.sqrt(moments.power).astype(np.float32)[:, None]
+        shares = np.divide(np.abs(self.products), length, out=np.zeros_like(self.products), where=length > 0)
+        mode = shares.argmax(axis=0)
+        return mode.astype(np.uint16), np.take_along_axis(self.products, mode[None], axis=0)[0]
+
+    def solved(
+        self, moments: ReferenceMoments
+    ) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.float32], NDArray[np.float64]]:
+        """(n,) modes, scales a, and offsets b."""
+        mode, products = self.chosen(moments)
+        scale = products * moments.per_power(np.ones_like(moments.power))[mode]
+        return mode, scale.astype(np.float32), self.exact_mean() - scale * moments.mean[mode]
+
+    def exact_mean(self) -> NDArray[np.float64]:
+        """(n,) means over the epochs so far."""
+        mean = self.mean.astype(np.float64)
+        return mean + self.rest * (mean * np.float64(UNIT))
+
+
+def mode_dtype(n_modes: int) -> type[np.unsignedinteger[Any]]:
+    """The smallest integer that numbers the modes."""
+    return np.uint8 if n_modes <= 256 else np.uint16
+
+
+def split_mean(mean: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """(n,) means as float32 and the rest of each."""
+    rounded = mean.astype(np.float32)
+    unit = rounded * UNIT
+    rest = np.divide(mean - rounded, unit, out=np.zeros_like(mean), where=unit != 0)
+    return rounded, np.clip(np.rint(rest), -MOST, MOST).astype(np.int16)
+
+
+# No contraction of a·b + c: each operation rounds by itself, so that a device without this code gives the same bits.
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _take(
+    weights: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    rest: NDArray[np.int16],
+    products: NDArray[np.float32],
+    mode: NDArray[np.unsignedinteger[Any]],
+    share: np.float32,
+    gain: NDArray[np.float32],
+) -> bool:
+    gains = np.empty(TILE, np.float32)
+    strange = np.zeros(TILE, np.float32)
+    for start in range(0, weights.size, TILE):
+        width = min(TILE, weights.size - start)
+        modes = mode[start : start + width]
+        product = products[start : start + width]
+        w, high, low = weights[start : start + width], mean[start : start + width], rest[start : start + width]
+        for i in range(width):
+            gains[i] = gain[modes[i]]
+        for i in range(width):
+            old = high[i]
+            below = np.float32(low[i]) * (old * UNIT)
+            moved = (w[i] - old) - below
+            product[i] += moved * gains[i]
+            strange[i] += moved * np.float32(0.0)
+            more = below + moved * share
+            new = old + more
+            back = new - old
+            lost = (old - (new - back)) + (more - back)
+            unit = new * UNIT
+            steps = lost / unit if unit != np.float32(0.0) else np.float32(0.0)
+            steps = min(max((steps + ROUNDER) - ROUNDER, -MOST), MOST)
+            high[i] = new
+            low[i] = np.int16(steps)
+    return not np.isnan(strange).any()
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _take_every(
+    weights: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    rest: NDArray[np.int16],
+    products: NDArray[np.float32],
+    share: np.float32,
+    gain: NDArray[np.float32],
+) -> bool:
+    moved = np.empty(TILE, np.float32)
+    strange = np.zeros(TILE, np.float32)
+    for start in range(0, weights.size, TILE):
+        width = min(TILE, weights.size - start)
+        w, high, low = weights[start : start + width], mean[start : start + width], rest[start : start + width]
+        for i in range(width):
+            old = high[i]
+            below = np.float32(low[i]) * (old * UNIT)
+            moved[i] = (w[i] - old) - below
+            strange[i] += moved[i] * np.float32(0.0)
+            more = below + moved[i] * share
+            new = old + more
+            back = new - old
+            lost = (old - (new - back)) + (more - back)
+            unit = new * UNIT
+            steps = lost / unit if unit != np.float32(0.0) else np.float32(0.0)
+            steps = min(max((steps + ROUNDER) - ROUNDER, -MOST), MOST)
+            high[i] = new
+            low[i] = np.int16(steps)
+        for m in range(gain.size):
+            product = products[m, start : start + width]
+            for i in range(width):
+                product[i] += moved[i] * gain[m]
+    return not np.isnan(strange).any()
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _model(
+    mean: NDArray[np.float32],
+    rest: NDArray[np.int16],
+    products: NDArray[np.float32],
+    mode: NDArray[np.unsignedinteger[Any]],
+    reach: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    for i in range(mean.size):
+        out[i] = mean[i] + (np.float32(rest[i]) * (mean[i] * UNIT) + products[i] * reach[mode[i]])

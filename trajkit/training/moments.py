@@ -1,0 +1,298 @@
+"""Online CMD's numbers of a model's weights, on the devices where the weights are, updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InputError
+from ..kernels.running import MOST, UNIT, ReferenceMoments, RunningBlock, Step
+from ..layout import TensorEntry
+
+HOST_PIECE = 1 << 17
+"""Weights that a thread handles at a time."""
+
+DEVICE_PIECE = 1 << 22
+"""Weights that a device handles at a time: its temporaries are a few times as many floats."""
+
+Tensors = Mapping[str, Tensor]
+Source = Callable[[TensorEntry, slice], RunningBlock]
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The numbers of the tensors that are on one device, one tensor after the other in flat arrays.
+
+    `products` is (n,), or (M, n) with `mode` None where the modes may change, as in `RunningBlock`.
+    """
+
+    starts: Mapping[str, int]
+    mean: Tensor
+    rest: Tensor
+    products: Tensor
+    mode: Tensor | None
+
+    def part(self, columns: slice) -> Shelf:
+        """Some of the weights, in the same memory."""
+        mode = None if self.mode is None else self.mode[columns]
+        return Shelf({}, self.mean[columns], self.rest[columns], self.products[..., columns], mode)
+
+    @property
+    def block(self) -> RunningBlock:
+        """The same memory as arrays; of a shelf on the host."""
+        mode = None if self.mode is None else self.mode.numpy()
+        return RunningBlock(self.mean.numpy(), self.rest.numpy(), self.products.numpy(), mode)
+
+
+class ModelMoments:
+    """What online CMD keeps of the tensors of `entries` after the warm-up: 11 to 12 bytes a weight."""
+
+    def __init__(
+        self,
+        entries: Sequence[TensorEntry],
+        index: NDArray[np.int64],
+        references: ReferenceMoments,
+        shelves: Mapping[torch.device, Shelf],
+    ) -> None:
+        self.entries = entries
+        self.references = references
+        self.index = index
+        self.shelves = shelves
+        self._places = _places_of(index, entries)
+
+    @classmethod
+    def of(
+        cls,
+        entries: Sequence[TensorEntry],
+        tensors: Tensors,
+        index: NDArray[np.int64],
+        references: ReferenceMoments,
+        source: Source,
+    ) -> ModelMoments:
+        """`source` gives what is kept at the end of the warm-up of some weights of a tensor."""
+        by_device: dict[torch.device, list[TensorEntry]] = {}
+        for entry in entries:
+            if entry.size:
+                by_device.setdefault(tensors[entry.name].device, []).append(entry)
+        shelves = {device: _filled(here, device, source) for device, here in by_device.items()}
+        return cls(entries, index, references, shelves)
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` brings back, as plain values and tensors, which are not copied."""
+        references = self.references
+        return {
+            "index": torch.from_numpy(self.index),
+            "count": references.count,
+            "references": torch.from_numpy(np.stack([references.mean, references.power, references.values])),
+            "shelves": [{**vars(shelf), "starts": dict(shelf.starts)} for shelf in self.shelves.values()],
+        }
+
+    @classmethod
+    def from_state(cls, entries: Sequence[TensorEntry], tensors: Tensors, state: Mapping[str, Any]) -> ModelMoments:
+        """On the devices where the tensors are now."""
+        shelves = [Shelf(**shelf) for shelf in state["shelves"]]
+
+        def source(entry: TensorEntry, columns: slice) -> RunningBlock:
+            shelf = next(shelf for shelf in shelves if entry.name in shelf.starts)
+            start = shelf.starts[entry.name]
+            return _on_host(shelf.part(slice(start + columns.start, start + columns.stop))).block
+
+        mean, power, values = state["references"].numpy()
+        references = ReferenceMoments(state["count"], mean.copy(), power.copy())
+        references.values = values.copy()
+        return cls.of(entries, tensors, state["index"].numpy().copy(), references, source)
+
+    def require_devices(self, tensors: Tensors) -> None:
+        """Raise `InputError` naming a tensor that is on another device than its numbers."""
+        for device, shelf in self.shelves.items():
+            for name in shelf.starts:
+                if tensors[name].device != device:
+                    raise InputError(
+                        f"'{name}' has moved to {tensors[name].device}, online CMD has its numbers on {device};"
+                        " take the state_dict(), make a new one with the model that has moved, and load it"
+                    )
+
+    def take(self, tensors: Tensors) -> str | None:
+        """Take one more epoch of the tensors; the name of one that is not finite, where there is any.
+
+        Its numbers, and those of others, are no good then.
+        """
+        step = self.references.take(self.values(tensors))
+
+        def host(entry: TensorEntry, view: Tensor, shelf: Shelf) -> str | None:
+            return None if shelf.block.take(_flat(view).numpy(), step) else entry.name
+
+        def elsewhere(entry: TensorEntry, view: Tensor, shelf: Shelf) -> str | None:
+            return None if take_tensor(_flat(view), shelf, step) else entry.name
+
+        return next((name for name in self._each(tensors, host, elsewhere) if name is not None), None)
+
+    def write(self, tensors: Tensors) -> None:
+        """Write the modelled weights to tensors of these names, in their dtypes."""
+        references = self.references
+
+        def host(_: TensorEntry, view: Tensor, shelf: Shelf) -> None:
+            plain = view.dtype == torch.float32 and view.is_contiguous()
+            values = view.reshape(-1) if plain else torch.empty(view.numel())
+            shelf.block.modelled(references, values.numpy())
+            if not plain:
+                view.copy_(values.view(view.shape))
+
+        def elsewhere(_: TensorEntry, view: Tensor, shelf: Shelf) -> None:
+            view.copy_(modelled_tensor(shelf, references).view(view.shape))
+
+        for _ in self._each(tensors, host, elsewhere):
+            pass
+
+    def values(self, tensors: Tensors) -> NDArray[np.float32]:
+        """(M,) values of the references."""
+        found = [tensors[name].detach()[place].reshape(1).to(torch.float32) for name, place in self._places]
+        if all(value.device == found[0].device for value in found):
+            return torch.cat(found).cpu().numpy()
+        return np.array([value.item() for value in found], dtype=np.float32)
+
+    def host_blocks(self) -> Iterator[tuple[TensorEntry, RunningBlock]]:
+        """What is kept of each tensor, on the host."""
+        for device, shelf in self.shelves.items():
+            for entry in self.entries:
+                if entry.name in shelf.starts:
+                    start = shelf.starts[entry.name]
+                    part = shelf.part(slice(start, start + entry.size))
+                    yield entry, (part if device.type == "cpu" else _on_host(part)).block
+
+    def _each(self, tensors: Tensors, host: Callable[..., Any], elsewhere: Callable[..., Any]) -> Iterator[Any]:
+        """What the functions say of each piece, those on the host by as many threads as torch has."""
+        jobs: list[tuple[TensorEntry, Tensor, Shelf]] = []
+        for device, shelf in self.shelves.items():
+            on_host = device.type == "cpu"
+            for entry in self.entries:
+                if entry.name in shelf.starts:
+                    start = shelf.starts[entry.name]
+                    for columns, view in pieces_of(
+                        tensors[entry.name].detach(), HOST_PIECE if on_host else DEVICE_PIECE
+                    ):
+                        job = entry, view, shelf.part(slice(start + columns.start, start + columns.stop))
+                        if on_host:
+                            jobs.append(job)
+                        else:
+                            yield elsewhere(*job)
+        if len(jobs) < 2:
+            yield from (host(*job) for job in jobs)
+            return
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            yield from pool.map(lambda job: host(*job), jobs)
+
+
+def pieces_of(tensor: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Views of a tensor that follow each other in C order, of about `size` values, and the values' places.
+
+    Of one that is not contiguous they are rows of it, which may be more.
+    """
+    if tensor.numel() == 0:
+        return
+    if tensor.is_contiguous():
+        flat = tensor.view(-1)
+        for start in range(0, flat.numel(), size):
+            view = flat[start : start + size]
+            yield slice(start, start + view.numel()), view
+        return
+    row = tensor[0].numel()
+    rows = max(size // row, 1)
+    for first in range(0, len(tensor), rows):
+        view = tensor[first : first + rows]
+        yield slice(first * row, first * row + view.numel()), view
+
+
+def take_tensor(weights: Tensor, shelf: Shelf, step: Step) -> bool:
+    """`RunningBlock.take` by the operations of torch, for any device; the same bits."""
+    mean, share = shelf.mean, float(step.share)
+    gain = torch.from_numpy(step.gain).to(mean.device)
+    below = shelf.rest.to(torch.float32) * (mean * float(UNIT))
+    moved = (weights - mean) - below
+    if shelf.mode is None:
+        for m, product in enumerate(shelf.products):
+            product += moved * gain[m]
+    else:
+        shelf.products.add_(moved * gain[shelf.mode.to(torch.int64)])
+    more = below + moved * share
+    new = mean + more
+    back = new - mean
+    lost = (mean - (new - back)) + (more - back)
+    unit = new * float(UNIT)
+    steps = torch.where(unit != 0, lost / unit, torch.zeros_like(lost)).round_().clamp_(-float(MOST), float(MOST))
+    shelf.rest.copy_(steps)
+    mean.copy_(new)
+    return bool(torch.isfinite(moved).all())
+
+
+def modelled_tensor(shelf: Shelf, references: ReferenceMoments) -> Tensor:
+    """(n,) `RunningBlock.modelled` by the operations of torch, for any device; the same bits."""
+    reach = torch.from_numpy(references.reach).to(shelf.mean.device)
+    mode, products = _chosen(shelf, references)
+    below = shelf.rest.to(torch.float32) * (shelf.mean * float(UNIT))
+    return shelf.mean + (below + products * reach[mode])
+
+
+def _chosen(shelf: Shelf, references: ReferenceMoments) -> tuple[Tensor, Tensor]:
+    """(n,) modes as indices, and the products with their references."""
+    if shelf.mode is not None:
+        return shelf.mode.to(torch.int64), shelf.products
+    length = torch.from_numpy(np.sqrt(references.power).astype(np.float32)).to(shelf.mean.device)[:, None]
+    shares = torch.where(length > 0, shelf.products.abs() / length, torch.zeros_like(shelf.products))
+    mode = shares.argmax(dim=0)
+    return mode, shelf.products.gather(0, mode[None])[0]
+
+
+def _filled(entries: Sequence[TensorEntry], device: torch.device, source: Source) -> Shelf:
+    starts, size = {}, 0
+    for entry in entries:
+        starts[entry.name] = size
+        size += entry.size
+    shelf = _empty_like(source(entries[0], slice(0, 1)), starts, size, device)
+    for entry in entries:
+        start = starts[entry.name]
+        for first in range(0, entry.size, HOST_PIECE):
+            columns = slice(first, min(first + HOST_PIECE, entry.size))
+            block = source(entry, columns)
+            part = shelf.part(slice(start + columns.start, start + columns.stop))
+            for name, values in vars(block).items():
+                if values is not None:
+                    getattr(part, name).copy_(torch.from_numpy(values))
+    return shelf
+
+
+def _empty_like(block: RunningBlock, starts: Mapping[str, int], size: int, device: torch.device) -> Shelf:
+    def room(values: NDArray[Any]) -> Tensor:
+        return torch.empty(*values.shape[:-1], size, dtype=torch.from_numpy(values[..., :0]).dtype, device=device)
+
+    mode = None if block.mode is None else room(block.mode)
+    return Shelf(starts, room(block.mean), room(block.rest), room(block.products), mode)
+
+
+def _on_host(shelf: Shelf) -> Shelf:
+    mode = None if shelf.mode is None else shelf.mode.cpu()
+    return Shelf({}, shelf.mean.cpu(), shelf.rest.cpu(), shelf.products.cpu(), mode)
+
+
+def _flat(view: Tensor) -> Tensor:
+    """The values of a view in C order, float32; the same memory where they are that already."""
+    return view.reshape(-1).to(torch.float32)
+
+
+def _places_of(index: NDArray[np.int64], entries: Sequence[TensorEntry]) -> list[tuple[str, tuple[int, ...]]]:
+    """The tensor and the place in it of each weight of the flat vector."""
+    weights = [entry for entry in entries if entry.kind == "weight"]
+    stops = [entry.stop for entry in weights]
+    places = []
+    for number in index.tolist():
+        entry = weights[int(np.searchsorted(stops, number, side="right"))]
+        place = np.unravel_index(number - entry.offset, entry.shape)
+        places.append((entry.name, tuple(int(axis) for axis in place)))
+    return places

@@ -1,0 +1,335 @@
+"""Online CMD beside a training: a second set of weights, modelled by CMD, as others keep an average of the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..decomposition import Decomposition
+from ..errors import InputError, LayoutError, placed
+from ..kernels.affine import References
+from ..kernels.clustering import Cut, DistanceCut, checked_cut
+from ..kernels.fused import fit_block_fused
+from ..kernels.running import ReferenceMoments, RunningBlock
+from ..kernels.sampling import Sampling
+from ..layout import ParameterLayout, TensorEntry, require_same_layout
+from ..pipeline import fit
+from ..pipeline.sampling import SampleChoice
+from ..replay import start_of
+from ..run import PathLike
+from ..vector import layout_of, model_tensors
+from .moments import ModelMoments
+from .warmup import Recording, tracked_layout, warm_up
+
+Model = nn.Module
+STATE_VERSION = 1
+
+
+class OnlineCMD:
+    """Keeps a second set of weights of a model in training, modelled by Correlation Mode Decomposition.
+
+    >>> cmd = trajkit.OnlineCMD(model, warmup=20, modes=10)
+    >>> for epoch in range(150):
+    ...     train_one_epoch(model)
+    ...     cmd.update_parameters(model)
+    ...     with cmd.applied_to(model):
+    ...         accuracy = test_accuracy(model)
+
+    It is used as `torch.optim.swa_utils.AveragedModel` is, and leaves the training as it is. The weights of the first
+    `warmup` updates are kept on disk; then M references are chosen among them, and a mode for each weight (Brokman et
+    al. 2024, section 3.2). From there on each update refines a and b of every weight in running moments, and the CMD
+    weights are a·r + b with r the references' weights at the last update. Until then they are the trained ones.
+
+    warmup: F, updates before the modes are chosen.
+    modes, samples, sampling, seed: as for `trajkit.fit`, with which the warm-up is fitted.
+    run: where the training is recorded, a path or a `Recorder`: the warm-up is read there, and its fit is saved there
+        as ``online10`` or the like. Each epoch has to be recorded before its update. Without, the warm-up is kept in a
+        temporary folder (TMPDIR), 4 bytes a weight and epoch, until it ends.
+    reassign: a weight's mode is the reference with the largest correlation so far, instead of the warm-up's; that takes
+        4·M + 6 bytes a weight, instead of 11.
+    use_buffers: model floating buffers, such as BatchNorm's statistics, as weights are, variances at least 0; else the
+        modelled model has the buffers of the trained one.
+
+    bfloat16, float16 and float64 weights are modelled in float32. Raises `InputError` for settings that cannot be met,
+    `LayoutError` naming a tensor that cannot be modelled.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        warmup: int = 20,
+        modes: Cut = 10,
+        samples: int = 1000,
+        seed: int = 0,
+        run: PathLike | Recording | None = None,
+        *,
+        sampling: Sampling = "balanced",
+        reassign: bool = False,
+        use_buffers: bool = False,
+    ) -> None:
+        if isinstance(warmup, bool) or not hasattr(warmup, "__index__") or warmup < 2:
+            raise InputError(f"warmup is {warmup!r}, expected an integer of at least 2; use 20")
+        self.warmup = int(warmup)
+        self._choices = {"modes": checked_cut(modes, "modes"), **SampleChoice(samples, sampling, seed).settings}
+        self._reassign = bool(reassign)
+        self._use_buffers = bool(use_buffers)
+        with placed("the model"):
+            self._layout = _layout(model)
+        self._tracked = tracked_layout(self._layout, self._use_buffers)
+        # A run of one's own holds what is modelled; a recorded one all that the model has.
+        self._warm_up = warm_up(self._tracked if run is None else self._layout, run)
+        self._model = model
+        self._module: nn.Module | None = None
+        self._moments: ModelMoments | None = None
+        self._broken: str | None = None
+        self._swapped = False
+        self.n_updates = 0
+
+    def __repr__(self) -> str:
+        state = f"warming up, {self.n_updates} of {self.warmup}" if self._moments is None else f"{self.n_modes} modes"
+        return f"OnlineCMD({self._layout.n_weights} weights, {self.n_updates} updates, {state})"
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the warm-up is over: the modes are chosen, and there are CMD weights."""
+        return self._moments is not None
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """The weight tensors that are modelled, tied ones once."""
+        return self._layout.weights
+
+    @property
+    def moments(self) -> ModelMoments:
+        """What is kept of the weights since the warm-up; raises `InputError` before its end."""
+        if self._moments is None:
+            raise InputError(
+                f"online CMD has seen {self.n_updates} of {self.warmup} epochs of its warm-up and has no modes yet;"
+                " go on training"
+            )
+        return self._moments
+
+    @property
+    def n_modes(self) -> int:
+        """M; may be fewer than asked for where the sample has fewer clusters. Raises `InputError` before."""
+        return int(self.moments.index.size)
+
+    @property
+    def reference_index(self) -> NDArray[np.int64]:
+        """(M,) which weights of the flat vector the references are."""
+        return self.moments.index
+
+    @property
+    def mode(self) -> NDArray[np.uint16]:
+        """(N,) mode of each weight."""
+        return self._gathered()[0]
+
+    @property
+    def scale(self) -> NDArray[np.float32]:
+        """(N,) a, over all updates so far."""
+        return self._gathered()[1]
+
+    @property
+    def offset(self) -> NDArray[np.float64]:
+        """(N,) b, over all updates so far."""
+        return self._gathered()[2]
+
+    def update_parameters(self, model: Model) -> None:
+        """Take the weights of the model, once an epoch.
+
+        The last one of the warm-up takes the time of a fit. Raises `InputError` for weights that are not finite, after
+        which the state has to be loaded from before; `LayoutError` where the model has changed.
+        """
+        self._require_own_weights()
+        self._require_usable()
+        tensors = self.tensors_of(model)
+        if self._moments is None:
+            self._warm_up.add(tensors)
+            if self.n_updates + 1 == self.warmup:
+                self._moments = self._fitted(tensors)
+        elif name := self._moments.take(tensors):
+            self._broken = f"'{name}' was not finite at update {self.n_updates}"
+            self._require_usable()
+        self.n_updates += 1
+        self._model = model
+        if self._module is not None:
+            self._refresh(self._module)
+
+    @property
+    def module(self) -> nn.Module:
+        """A second model with the CMD weights, made when first asked for; from then on each update refreshes it.
+
+        `torch.optim.swa_utils.update_bn(loader, cmd.module)` estimates its BatchNorm statistics anew. An update sets
+        them to those of the trained model again.
+        """
+        if self._module is None:
+            self._require_usable()
+            module = copy.deepcopy(self._model)
+            self._refresh(module)
+            self._module = module
+        return self._module
+
+    @contextmanager
+    def applied_to(self, model: Model) -> Iterator[Model]:
+        """Within the ``with`` block the model has the CMD weights; after it, what it had before, to the bit.
+
+        What the block does to buffers is undone as well. It takes a copy of the model's tensors for the time.
+        """
+        self._require_own_weights()
+        self._require_usable()
+        tensors = self.tensors_of(model)
+        mine = (tensors if self._moments is not None else {}) | dict(model.named_buffers())
+        before = {name: tensor.detach().clone() for name, tensor in mine.items()}
+        self._swapped = True
+        try:
+            self.write(tensors)
+            yield model
+        finally:
+            self._swapped = False
+            with torch.no_grad():
+                for name, tensor in mine.items():
+                    tensor.copy_(before[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs, as plain values and tensors, which are not copied.
+
+        In a warm-up without `run` it holds the trajectory so far, as a tensor in a file: 4 bytes a weight and epoch.
+        """
+        self._require_usable()
+        state: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "settings": self._settings,
+            "layout": self._layout.digest,
+            "n_updates": self.n_updates,
+        }
+        if self._moments is None:
+            return state | {"warm_up": self._warm_up.state()}
+        return state | {"moments": self._moments.state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where a state was taken; raises `InputError` for one of other settings, or of another model."""
+        if not isinstance(state_dict, Mapping) or state_dict.get("version") != STATE_VERSION:
+            raise InputError("this is no state of OnlineCMD, expected what its state_dict() gave; load that one")
+        if state_dict["layout"] != self._layout.digest:
+            raise LayoutError("the state is of a model with other tensors, expected this one's; load the state of it")
+        for name, found in state_dict["settings"].items():
+            if found != self._settings[name]:
+                raise InputError(
+                    f"the state was taken with {name}={found!r}, this has {self._settings[name]!r}; make it the same"
+                )
+        if "warm_up" in state_dict:
+            self._warm_up.load(state_dict["warm_up"])
+            self._moments = None
+        else:
+            tensors = self.tensors_of(self._model)
+            self._moments = ModelMoments.from_state(self._tracked.tensors, tensors, state_dict["moments"])
+            self._warm_up.close()
+        self.n_updates = state_dict["n_updates"]
+        self._broken = None
+        if self._module is not None:
+            self._refresh(self._module)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        cut = self._choices["modes"]
+        return {
+            **self._choices,
+            "modes": f"1/{cut.divisor:g}" if isinstance(cut, DistanceCut) else cut,
+            "warmup": self.warmup,
+            "reassign": self._reassign,
+            "use_buffers": self._use_buffers,
+        }
+
+    def _require_own_weights(self) -> None:
+        if self._swapped:
+            raise InputError("the model has the CMD weights now, expected its own; leave the `with` block first")
+
+    def _require_usable(self) -> None:
+        if self._broken:
+            raise InputError(f"{self._broken}, expected finite weights; load_state_dict a state from before")
+
+    def tensors_of(self, model: Model) -> dict[str, Tensor]:
+        """The tensors that are modelled, by name; raises `LayoutError` where they have changed."""
+        every: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        if self._use_buffers:
+            every |= dict(model.named_buffers())
+        try:
+            tensors = {entry.name: every[entry.name] for entry in self._tracked.tensors}
+            same = all(tensors[entry.name].shape == entry.shape for entry in self._tracked.tensors)
+        except KeyError:
+            same = False
+        if not same:
+            require_same_layout(_layout(model), self._layout, "the model")
+        if self._moments is not None:
+            self._moments.require_devices(tensors)
+        return tensors
+
+    def _fitted(self, tensors: Mapping[str, Tensor]) -> ModelMoments:
+        """Steps 1 to 3 on the warm-up, which is not needed any more then."""
+        run, epochs = self._warm_up.whole()
+        fitted = fit(run, **self._choices, epochs=epochs, online=True, updatable=self._reassign, scheduler="threads")
+        references = References(fitted.reference)
+        moments = ReferenceMoments.of(references)
+
+        def source(entry: TensorEntry, columns: slice) -> RunningBlock:
+            if entry.kind == "weight":
+                start = entry.offset
+                return start_of(fitted, moments, slice(start + columns.start, start + columns.stop))
+            return _start_of_buffer(fitted, references, moments, entry, columns)
+
+        started = ModelMoments.of(self._tracked.tensors, tensors, fitted.reference_index, moments, source)
+        self._warm_up.close()
+        return started
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the CMD weights to tensors by their names, where there are any yet."""
+        if self._moments is None:
+            return
+        with torch.no_grad():
+            self._moments.write(tensors)
+            for entry in self._tracked.buffers:
+                if entry.name.endswith("running_var"):
+                    tensors[entry.name].clamp_(min=0)
+
+    def _refresh(self, module: nn.Module) -> None:
+        """Give a copy of the model the CMD weights, and what is not modelled from the model."""
+        with torch.no_grad():
+            theirs = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+            mine = dict(module.named_parameters()) | dict(module.named_buffers())
+            modelled = set(self._tracked.names()) if self._moments is not None else set()
+            for name, tensor in mine.items():
+                if name not in modelled:
+                    tensor.copy_(theirs[name])
+        self.write(self.tensors_of(module))
+
+    def _gathered(self) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.float64]]:
+        n, moments = self._layout.n_weights, self.moments
+        mode, scale, offset = np.empty(n, np.uint16), np.empty(n, np.float32), np.empty(n)
+        for entry, block in moments.host_blocks():
+            if entry.kind == "weight":
+                here = slice(entry.offset, entry.stop)
+                mode[here], scale[here], offset[here] = block.solved(moments.references)
+        return mode, scale, offset
+
+
+def _layout(model: Model) -> ParameterLayout:
+    return layout_of(model_tensors(model), dict(model.named_parameters(remove_duplicate=False)))
+
+
+def _start_of_buffer(
+    fitted: Decomposition, references: References, moments: ReferenceMoments, entry: TensorEntry, columns: slice
+) -> RunningBlock:
+    """What is kept of a buffer when the warm-up ends: it is fitted to the references as weights are."""
+    values = fitted.run.trajectory(entry.name, fitted.epochs).reshape(len(fitted.epochs), -1)[:, columns]
+    every = fitted.stored.shape.updatable
+    found = fit_block_fused(values.astype(np.float32), references, every=every)
+    if found.correlations is not None:
+        return RunningBlock.of_updatable(moments, found.correlations, found.variation, found.mean)
+    return RunningBlock.of_fit(moments, found.mode, found.scale, found.mean)

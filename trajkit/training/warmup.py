@@ -1,0 +1,238 @@
+"""The epochs of a warm-up, on disk: in the run that a training records anyway, or in a temporary one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import blake3
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InputError
+from ..layout import ParameterLayout, TensorEntry, require_same_layout
+from ..run import PathLike, Run, RunWriter, open_run
+from ..store.format import PROBE
+from ..store.probe import draw_probe
+
+Tensors = Mapping[str, Tensor]
+
+
+class Recording(Protocol):
+    """A recorder: where it records, and how to wait until that is committed."""
+
+    @property
+    def path(self) -> PathLike:
+        """Of the run."""
+
+    def flush(self) -> None:
+        """Return when every epoch that was recorded is committed."""
+
+
+class WarmUp(Protocol):
+    """The epochs so far, of which no more than a piece is in memory."""
+
+    def add(self, tensors: Tensors) -> None:
+        """Take an epoch."""
+
+    def whole(self) -> tuple[Run, list[int]]:
+        """The run that holds the epochs, and their labels."""
+
+    def state(self) -> dict[str, Any]:
+        """What `load` brings back, as plain values and tensors."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take the epochs of a state, and forget those there were."""
+
+    def close(self) -> None:
+        """The epochs are not needed any more."""
+
+
+def warm_up(layout: ParameterLayout, run: PathLike | Recording | None) -> WarmUp:
+    """Beside a run that the training records, or in a temporary one of one's own."""
+    return OwnRun(layout) if run is None else RecordedRun(layout, run)
+
+
+class OwnRun:
+    """A temporary run, which is gone with `close`, with this object, or with the process unless that is killed."""
+
+    def __init__(self, layout: ParameterLayout) -> None:
+        self._layout = layout
+        self._end: weakref.finalize[Any, OwnRun] | None = None
+        self._writer: RunWriter | None = None
+
+    def add(self, tensors: Tensors) -> None:
+        """See `WarmUp`."""
+        writer = self._ready()
+        buffers = {dtype: np.empty(size, dtype) for dtype, size in self._layout.buffer_sizes.items()}
+        for entry in self._layout.buffers:
+            if entry.size:
+                values = buffers[entry.vector][entry.offset : entry.stop]
+                torch.from_numpy(values).view(entry.shape).copy_(tensors[entry.name].detach())
+        writer.append(self._layout, len(writer.epochs), PassingModel(self._layout, tensors), buffers)
+
+    def whole(self) -> tuple[Run, list[int]]:
+        """See `WarmUp`."""
+        run = open_run(self._ready().path)
+        return run, run.epochs.tolist()
+
+    def state(self) -> dict[str, Any]:
+        """The whole trajectory: a tensor (epochs, N) that lies in a file, and one of each dtype of the buffers."""
+        if self._writer is None or not self._writer.epochs:
+            return {}
+        run, labels = self.whole()
+        n = self._layout.n_weights
+        with tempfile.TemporaryFile() as file:
+            weights = np.memmap(file, np.float32, "w+", shape=(len(labels), n))
+        width = run.weights.chunks[1]
+        for row in range(len(labels)):
+            for start in range(0, n, width):
+                weights[row, start : start + width] = run.weights[row, start : start + width]
+        return {
+            "weights": torch.from_numpy(weights),
+            "buffers": {
+                entry.name: torch.from_numpy(run.trajectory(entry.name)) for entry in self._layout.buffers if entry.size
+            },
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """See `WarmUp`."""
+        self.close()
+        if not state:
+            return
+        writer = self._ready()
+        for epoch, weights in enumerate(state["weights"]):
+            buffers = {dtype: np.empty(size, dtype) for dtype, size in self._layout.buffer_sizes.items()}
+            for entry in self._layout.buffers:
+                if entry.size:
+                    buffers[entry.vector][entry.offset : entry.stop] = state["buffers"][entry.name][epoch].ravel()
+            writer.append(self._layout, epoch, weights.numpy(), buffers)
+
+    def close(self) -> None:
+        """See `WarmUp`."""
+        if self._end is not None:
+            self._end()
+            self._end = self._writer = None
+
+    def _ready(self) -> RunWriter:
+        if self._writer is None:
+            folder = tempfile.mkdtemp(prefix="trajkit-warmup-")
+            self._writer = RunWriter(os.path.join(folder, "run"), fsync=False, nonfinite="record")
+            self._end = weakref.finalize(self, _remove, self._writer, folder, os.getpid())
+        return self._writer
+
+
+class RecordedRun:
+    """The run that the training records: each epoch there, recorded before it is added, is known by its probe."""
+
+    def __init__(self, layout: ParameterLayout, run: PathLike | Recording) -> None:
+        self._layout = layout
+        self._recording = run
+        self._probe = draw_probe(layout)
+        self._prints: list[str] = []
+
+    @property
+    def path(self) -> PathLike:
+        """Of the run."""
+        return self._recording if isinstance(self._recording, str | os.PathLike) else self._recording.path
+
+    def add(self, tensors: Tensors) -> None:
+        """See `WarmUp`."""
+        self._prints.append(_print(_probe_values(self._layout, tensors, self._probe)))
+
+    def whole(self) -> tuple[Run, list[int]]:
+        """See `WarmUp`; raises `InputError` for an epoch that was not recorded."""
+        if not isinstance(self._recording, str | os.PathLike):
+            self._recording.flush()
+        run = open_run(self.path)
+        require_same_layout(self._layout, run.layout, f"{run.path}: the model")
+        labels: list[int] = []
+        rows = iter(reversed(run.rows_of(None).tolist()))
+        for number in range(len(self._prints), 0, -1):
+            row = next((row for row in rows if _print(_recorded_probe(run, row)) == self._prints[number - 1]), None)
+            if row is None:
+                raise InputError(
+                    f"{run.path}: the weights of update {number} of online CMD are not in the run, expected each epoch"
+                    " recorded before it; call recorder.record, then update_parameters"
+                )
+            labels.append(int(run.epochs[row]))
+        return run, labels[::-1]
+
+    def state(self) -> dict[str, Any]:
+        """Hashes of the probes."""
+        return {"probes": list(self._prints)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """See `WarmUp`."""
+        self._prints = list(state["probes"])
+
+    def close(self) -> None:
+        """See `WarmUp`."""
+
+
+@dataclass(frozen=True)
+class PassingModel:
+    """The weights of a model as the writer of a run asks for them, piece by piece, rounded to float32."""
+
+    layout: ParameterLayout
+    tensors: Tensors
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.layout.n_weights
+
+    def __getitem__(self, columns: slice) -> NDArray[np.float32]:
+        out = torch.empty(columns.stop - columns.start)
+        for entry in self.layout.weights:
+            first, last = max(entry.offset, columns.start), min(entry.stop, columns.stop)
+            if first < last:
+                part = self.tensors[entry.name].detach().reshape(-1)[first - entry.offset : last - entry.offset]
+                out[first - columns.start : last - columns.start].copy_(part)
+        finite = torch.isfinite(out)
+        if not finite.all():
+            name = self.layout.weight_at(columns.start + int(finite.logical_not().nonzero()[0]))
+            raise InputError(f"'{name}' is not finite, expected finite weights; go on from a checkpoint before that")
+        return out.numpy()
+
+
+def tracked_layout(layout: ParameterLayout, use_buffers: bool) -> ParameterLayout:
+    """The weights of a model and, with `use_buffers`, its floating buffers."""
+    return ParameterLayout.of(entry for entry in layout.tensors if is_tracked(entry, use_buffers))
+
+
+def is_tracked(entry: TensorEntry, use_buffers: bool) -> bool:
+    """Whether online CMD models a tensor."""
+    return entry.kind == "weight" or (use_buffers and "float" in entry.dtype)
+
+
+def _probe_values(layout: ParameterLayout, tensors: Tensors, index: NDArray[np.int64]) -> NDArray[np.float32]:
+    values = []
+    for entry in layout.weights:
+        first, last = np.searchsorted(index, [entry.offset, entry.stop])
+        if first < last:
+            tensor = tensors[entry.name].detach()
+            places = torch.from_numpy(index[first:last] - entry.offset).to(tensor.device)
+            values.append(tensor.take(places).to("cpu", torch.float32).numpy())
+    return np.concatenate(values)
+
+
+def _recorded_probe(run: Run, row: int) -> NDArray[np.float32]:
+    return np.ascontiguousarray(run.archive.read(PROBE, [row], (0, run.probe_index.size))[0])
+
+
+def _print(values: NDArray[np.float32]) -> str:
+    return blake3.blake3(values.tobytes()).hexdigest()
+
+
+def _remove(writer: RunWriter, folder: str, process: int) -> None:
+    if os.getpid() == process:  # a forked child has a copy of this object, not the run
+        writer.close()
+        shutil.rmtree(folder, ignore_errors=True)
