@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fit
 import integrity
+import online
 import scaling
 import synthetic
 from measure import MACHINE
@@ -55,6 +56,7 @@ def parts(cache: Path) -> dict[str, Callable[[], list[str]]]:
         "workers": lambda: fit.workers(run_of(cache, 11_000_000, 100)),
         "reconstruct": lambda: fit.reconstruct(run_of(cache, 11_000_000, 100)),
         "integrity": lambda: integrity.integrity(cache, run_of(cache, 11_000_000, 100)),
+        "online": online.online,
         "gpu": gpu,
     }
 
