@@ -16,6 +16,7 @@ from pathlib import Path
 import fit
 import importing
 import integrity
+import online
 import recording
 import scaling
 import synthetic
@@ -59,6 +60,7 @@ def parts(cache: Path) -> dict[str, Callable[[], list[str]]]:
         "integrity": lambda: integrity.integrity(cache, run_of(cache, 11_000_000, 100)),
         "importing": lambda: importing.importing(cache),
         "recording": lambda: recording.recording(cache),
+        "online": online.online,
         "gpu": gpu,
     }
 

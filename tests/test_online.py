@@ -379,27 +379,15 @@ def test_the_temporary_run_is_gone_when_the_warm_up_ends_and_with_the_object(dig
     assert left() == []
 
 
-class Flushing:
-    """A recorder that commits later."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.flushed = 0
-
-    def flush(self) -> None:
-        self.flushed += 1
-
-
 def test_the_users_run_serves_for_the_warm_up_and_keeps_its_fit(tmp_path: Path, digits_run: Run) -> None:
-    model, recording = digits_cnn(), Flushing(tmp_path / "mine")
-    cmd = OnlineCMD(model, WARMUP, run=recording)
+    model = digits_cnn()
     with Recorder(model, tmp_path / "mine", fsync=False) as recorder:
+        cmd = OnlineCMD(model, WARMUP, run=recorder)
         model.load_state_dict(digits_run.state_dict(39))
         recorder.record(100)  # of an earlier training
         for epoch in training(digits_run, model, range(25)):
             recorder.record(1000 + 10 * epoch)
             cmd.update_parameters(model)
-    assert recording.flushed == 1
     _, own = trained(digits_run, range(25))
     np.testing.assert_array_equal(cmd.scale, own.scale)
     np.testing.assert_array_equal(cmd.offset, own.offset)
@@ -426,7 +414,7 @@ def test_an_epoch_that_was_not_recorded_is_told(digits_run: Run, tmp_path: Path)
     cmd = OnlineCMD(model, warmup=3, run=tmp_path / "mine")
     with Recorder(model, tmp_path / "mine", fsync=False) as recorder:
         for epoch in training(digits_run, model, range(2)):
-            recorder.record(epoch)
+            recorder.record(epoch, wait=True)
             cmd.update_parameters(model)
         model.load_state_dict(digits_run.state_dict(2))
         with pytest.raises(

@@ -83,7 +83,7 @@ def test_the_table_of_the_readme_is_the_demos() -> None:
 
 def test_the_snippets_run_as_one_script(workplace: Path) -> None:
     snippets = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     model_of_ones_own = """
 import torch
 from torch import nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +16,21 @@ from ..errors import InputError
 from ..kernels.running import MOST, UNIT, ReferenceMoments, RunningBlock, Step
 from ..layout import TensorEntry
 
-HOST_PIECE = 1 << 17
+HOST_PIECE = 1 << 19
 """Weights that a thread handles at a time."""
+
+SMALL = 1 << 14
+"""Fewer are not worth a second thread."""
+
+START_PIECE = 1 << 17
+"""Weights that are brought over from the warm-up's fit at a time."""
 
 DEVICE_PIECE = 1 << 22
 """Weights that a device handles at a time: its temporaries are a few times as many floats."""
 
 Tensors = Mapping[str, Tensor]
 Source = Callable[[TensorEntry, slice], RunningBlock]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class ModelMoments:
         self.index = index
         self.shelves = shelves
         self._places = _places_of(index, entries)
+        self._blocks = [(shelf, shelf.block) for device, shelf in shelves.items() if device.type == "cpu"]
+        self._parts: dict[tuple[str, int, int], RunningBlock] = {}
 
     @classmethod
     def of(
@@ -102,7 +111,7 @@ class ModelMoments:
         def source(entry: TensorEntry, columns: slice) -> RunningBlock:
             shelf = next(shelf for shelf in shelves if entry.name in shelf.starts)
             start = shelf.starts[entry.name]
-            return _on_host(shelf.part(slice(start + columns.start, start + columns.stop))).block
+            return _brought(shelf.part(slice(start + columns.start, start + columns.stop))).block
 
         mean, power, values = state["references"].numpy()
         references = ReferenceMoments(state["count"], mean.copy(), power.copy())
@@ -126,30 +135,31 @@ class ModelMoments:
         """
         step = self.references.take(self.values(tensors))
 
-        def host(entry: TensorEntry, view: Tensor, shelf: Shelf) -> str | None:
-            return None if shelf.block.take(_flat(view).numpy(), step) else entry.name
+        def host(name: str, view: Tensor, block: RunningBlock) -> str | None:
+            return None if block.take(_flat(view).numpy(), step) else name
 
-        def elsewhere(entry: TensorEntry, view: Tensor, shelf: Shelf) -> str | None:
-            return None if take_tensor(_flat(view), shelf, step) else entry.name
+        def elsewhere(name: str, view: Tensor, shelf: Shelf) -> str | None:
+            return None if take_tensor(_flat(view), shelf, step) else name
 
-        return next((name for name in self._each(tensors, host, elsewhere) if name is not None), None)
+        found = [*self._on_devices(tensors, elsewhere), *self._on_host(tensors, host)]
+        return next((name for name in found if name is not None), None)
 
     def write(self, tensors: Tensors) -> None:
         """Write the modelled weights to tensors of these names, in their dtypes."""
         references = self.references
 
-        def host(_: TensorEntry, view: Tensor, shelf: Shelf) -> None:
+        def host(_: str, view: Tensor, block: RunningBlock) -> None:
             plain = view.dtype == torch.float32 and view.is_contiguous()
             values = view.reshape(-1) if plain else torch.empty(view.numel())
-            shelf.block.modelled(references, values.numpy())
+            block.modelled(references, values.numpy())
             if not plain:
                 view.copy_(values.view(view.shape))
 
-        def elsewhere(_: TensorEntry, view: Tensor, shelf: Shelf) -> None:
+        def elsewhere(_: str, view: Tensor, shelf: Shelf) -> None:
             view.copy_(modelled_tensor(shelf, references).view(view.shape))
 
-        for _ in self._each(tensors, host, elsewhere):
-            pass
+        self._on_devices(tensors, elsewhere)
+        self._on_host(tensors, host)
 
     def values(self, tensors: Tensors) -> NDArray[np.float32]:
         """(M,) values of the references."""
@@ -165,29 +175,47 @@ class ModelMoments:
                 if entry.name in shelf.starts:
                     start = shelf.starts[entry.name]
                     part = shelf.part(slice(start, start + entry.size))
-                    yield entry, (part if device.type == "cpu" else _on_host(part)).block
+                    yield entry, (part if device.type == "cpu" else _brought(part)).block
 
-    def _each(self, tensors: Tensors, host: Callable[..., Any], elsewhere: Callable[..., Any]) -> Iterator[Any]:
-        """What the functions say of each piece, those on the host by as many threads as torch has."""
-        jobs: list[tuple[TensorEntry, Tensor, Shelf]] = []
-        for device, shelf in self.shelves.items():
-            on_host = device.type == "cpu"
-            for entry in self.entries:
-                if entry.name in shelf.starts:
-                    start = shelf.starts[entry.name]
-                    for columns, view in pieces_of(
-                        tensors[entry.name].detach(), HOST_PIECE if on_host else DEVICE_PIECE
-                    ):
-                        job = entry, view, shelf.part(slice(start + columns.start, start + columns.stop))
-                        if on_host:
-                            jobs.append(job)
-                        else:
-                            yield elsewhere(*job)
-        if len(jobs) < 2:
-            yield from (host(*job) for job in jobs)
-            return
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            yield from pool.map(lambda job: host(*job), jobs)
+    def _block(self, name: str, first: int, last: int) -> RunningBlock:
+        """What is kept of some weights of a tensor on the host; the arrays are made once."""
+        key = name, first, last
+        if key not in self._parts:
+            shelf, block = next((shelf, block) for shelf, block in self._blocks if name in shelf.starts)
+            start = shelf.starts[name]
+            self._parts[key] = block.part(slice(start + first, start + last))
+        return self._parts[key]
+
+    def _on_devices(self, tensors: Tensors, do: Callable[[str, Tensor, Shelf], Result]) -> list[Result]:
+        """What a function says of each piece that is not on the host."""
+        return [
+            do(name, view, shelf.part(slice(start + columns.start, start + columns.stop)))
+            for device, shelf in self.shelves.items()
+            if device.type != "cpu"
+            for name, start in shelf.starts.items()
+            for columns, view in pieces_of(tensors[name].detach(), DEVICE_PIECE)
+        ]
+
+    def _on_host(self, tensors: Tensors, do: Callable[[str, Tensor, RunningBlock], Result]) -> list[Result]:
+        """What a function says of each piece on the host, by as many threads as torch has; the largest ones first."""
+        jobs = [
+            (name, view, self._block(name, columns.start, columns.stop))
+            for shelf, _ in self._blocks
+            for name in shelf.starts
+            for columns, view in pieces_of(tensors[name].detach(), HOST_PIECE)
+        ]
+        jobs.sort(key=lambda job: -job[1].numel())
+        left = iter(jobs)
+
+        def work() -> list[Result]:
+            return [do(*job) for job in left]  # threads may share an iterator of a list
+
+        threads = min(torch.get_num_threads(), len(jobs))
+        if threads < 2 or jobs[1][1].numel() < SMALL:
+            return work()
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(work) for _ in range(threads - 1)]
+            return [*work(), *(found for other in others for found in other.result())]
 
 
 def pieces_of(tensor: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -258,8 +286,8 @@ def _filled(entries: Sequence[TensorEntry], device: torch.device, source: Source
     shelf = _empty_like(source(entries[0], slice(0, 1)), starts, size, device)
     for entry in entries:
         start = starts[entry.name]
-        for first in range(0, entry.size, HOST_PIECE):
-            columns = slice(first, min(first + HOST_PIECE, entry.size))
+        for first in range(0, entry.size, START_PIECE):
+            columns = slice(first, min(first + START_PIECE, entry.size))
             block = source(entry, columns)
             part = shelf.part(slice(start + columns.start, start + columns.stop))
             for name, values in vars(block).items():
@@ -276,14 +304,14 @@ def _empty_like(block: RunningBlock, starts: Mapping[str, int], size: int, devic
     return Shelf(starts, room(block.mean), room(block.rest), room(block.products), mode)
 
 
-def _on_host(shelf: Shelf) -> Shelf:
+def _brought(shelf: Shelf) -> Shelf:
     mode = None if shelf.mode is None else shelf.mode.cpu()
     return Shelf({}, shelf.mean.cpu(), shelf.rest.cpu(), shelf.products.cpu(), mode)
 
 
 def _flat(view: Tensor) -> Tensor:
     """The values of a view in C order, float32; the same memory where they are that already."""
-    return view.reshape(-1).to(torch.float32)
+    return view if view.dim() == 1 and view.dtype == torch.float32 else view.reshape(-1).to(torch.float32)
 
 
 def _places_of(index: NDArray[np.int64], entries: Sequence[TensorEntry]) -> list[tuple[str, tuple[int, ...]]]:

@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..layout import ParameterLayout, TensorEntry, require_same_layout
 from ..run import PathLike, Run, RunWriter, open_run
 from ..store.format import PROBE
+from ..store.pieces import LOOK
 from ..store.probe import draw_probe
 
 Tensors = Mapping[str, Tensor]
@@ -196,11 +197,15 @@ class PassingModel:
             if first < last:
                 part = self.tensors[entry.name].detach().reshape(-1)[first - entry.offset : last - entry.offset]
                 out[first - columns.start : last - columns.start].copy_(part)
-        finite = torch.isfinite(out)
-        if not finite.all():
-            name = self.layout.weight_at(columns.start + int(finite.logical_not().nonzero()[0]))
-            raise InputError(f"'{name}' is not finite, expected finite weights; go on from a checkpoint before that")
-        return out.numpy()
+        values: NDArray[np.float32] = out.numpy()
+        for start in range(0, values.size, LOOK):
+            finite = np.isfinite(values[start : start + LOOK])
+            if not finite.all():
+                name = self.layout.weight_at(columns.start + start + int(finite.argmin()))
+                raise InputError(
+                    f"'{name}' is not finite, expected finite weights; go on from a checkpoint before that"
+                )
+        return values
 
 
 def tracked_layout(layout: ParameterLayout, use_buffers: bool) -> ParameterLayout:
