@@ -50,8 +50,8 @@ class OnlineCMD:
     warmup: F, updates before the modes are chosen.
     modes, samples, sampling, seed: as for `trajkit.fit`, with which the warm-up is fitted.
     run: where the training is recorded, a `Recorder` or a path: the warm-up is read there, and its fit is saved there
-        as ``online10`` or the like. Each epoch has to be recorded before its update, of a path committed. Without, the warm-up is kept in a
-        temporary folder (TMPDIR), 4 bytes a weight and epoch, until it ends.
+        as ``online10`` or the like. Each epoch has to be recorded before its update, and committed where a path is
+        given. Without, the warm-up is kept in a temporary folder (TMPDIR), 4 bytes a weight and epoch, until it ends.
     reassign: a weight's mode is the reference with the largest correlation so far, instead of the warm-up's; that takes
         4·M + 6 bytes a weight, instead of 11.
     use_buffers: model floating buffers, such as BatchNorm's statistics, as weights are, variances at least 0; else the
