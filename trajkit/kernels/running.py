@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .affine import References
 
-TILE = 256
+TILE = 512
 """Weights handled at a time: what is noted of them stays in the first-level cache."""
 
 UNIT = np.float32(2.0**-39)
