@@ -19,7 +19,7 @@ from ..kernels.clustering import Cut, DistanceCut, checked_cut
 from ..kernels.fused import fit_block_fused
 from ..kernels.running import ReferenceMoments, RunningBlock
 from ..kernels.sampling import Sampling
-from ..layout import ParameterLayout, TensorEntry, require_same_layout
+from ..layout import ParameterLayout, TensorEntry
 from ..pipeline import fit
 from ..pipeline.sampling import SampleChoice
 from ..replay import start_of
@@ -260,13 +260,16 @@ class OnlineCMD:
         every: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         if self._use_buffers:
             every |= dict(model.named_buffers())
-        try:
-            tensors = {entry.name: every[entry.name] for entry in self._tracked.tensors}
-            same = all(tensors[entry.name].shape == entry.shape for entry in self._tracked.tensors)
-        except KeyError:
-            same = False
-        if not same:
-            require_same_layout(_layout(model), self._layout, "the model")
+        tensors = {}
+        for entry in self._tracked.tensors:
+            tensor = every.get(entry.name)
+            if tensor is None or tensor.shape != entry.shape:
+                found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                raise LayoutError(
+                    f"the model: '{entry.name}' is {found}, this online CMD was made for {entry.shape};"
+                    " make one for this model"
+                )
+            tensors[entry.name] = tensor
         if self._moments is not None:
             self._moments.require_devices(tensors)
         return tensors
