@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,12 +14,13 @@ from torch import Tensor
 from ..errors import InputError
 from ..kernels.running import MOST, UNIT, ReferenceMoments, RunningBlock, Step
 from ..layout import TensorEntry
+from .threads import each
 
 HOST_PIECE = 1 << 19
 """Weights that a thread handles at a time."""
 
 SMALL = 1 << 14
-"""Fewer are not worth a second thread."""
+"""Fewer are not worth a thread of their own."""
 
 START_PIECE = 1 << 17
 """Weights that are brought over from the warm-up's fit at a time."""
@@ -205,17 +205,8 @@ class ModelMoments:
             for columns, view in pieces_of(tensors[name].detach(), HOST_PIECE)
         ]
         jobs.sort(key=lambda job: -job[1].numel())
-        left = iter(jobs)
-
-        def work() -> list[Result]:
-            return [do(*job) for job in left]  # threads may share an iterator of a list
-
-        threads = min(torch.get_num_threads(), len(jobs))
-        if threads < 2 or jobs[1][1].numel() < SMALL:
-            return work()
-        with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(work) for _ in range(threads - 1)]
-            return [*work(), *(found for other in others for found in other.result())]
+        worth = sum(view.numel() >= SMALL for _, view, _ in jobs)
+        return each(lambda job: do(*job), jobs, most=worth)
 
 
 def pieces_of(tensor: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
