@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test check format format-check lint types contracts mnist oracle bench soak clean
+.PHONY: install demo test check format format-check lint types contracts mnist oracle bench trainings experiment soak clean
 
 install: $(INSTALLED)
 
@@ -46,6 +46,14 @@ oracle: mnist  ## compare a fit of it with a float64 oracle
 
 bench: mnist  ## time and memory against the alternatives; writes benchmarks/RESULTS.md (20 minutes, 25 GB of disk)
 	cd benchmarks && ../$(BIN)/python bench.py ../.cache
+
+SEEDS ?= 3
+
+trainings: $(INSTALLED)  ## record the trainings that CMD is compared on, one process a core (hours; goes on where it was)
+	cd benchmarks && for core in $$(seq $$(nproc)); do ../$(BIN)/python trainings.py ../.cache --seeds $(SEEDS) & done; wait
+
+experiment: trainings  ## test accuracies of CMD, EMA and SWA on them; writes benchmarks/RESULTS.md
+	cd benchmarks && ../$(BIN)/python bench.py ../.cache modelling
 
 KILLS ?= 10000
 

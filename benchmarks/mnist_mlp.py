@@ -11,14 +11,11 @@ import argparse
 import time
 
 import torch
+from models import mlp
 from torch import nn
 
 import trajkit
 from data import mnist
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
 def main() -> None:
@@ -29,7 +26,7 @@ def main() -> None:
     images, labels = (torch.from_numpy(part) for part in mnist("train"))
     test_images, test_labels = (torch.from_numpy(part) for part in mnist("t10k"))
     torch.manual_seed(0)
-    model = mlp()
+    model = mlp(784, 1024, 512, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     with trajkit.Recorder(model, arguments.run) as recorder:
         first = recorder.next_epoch

@@ -157,10 +157,17 @@ def test_gradients_are_masked_where_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("stop", [2, 4, 7, 11])
-@pytest.mark.parametrize("mask", [False, True])
-def test_a_resumed_training_ends_with_the_same_bits(stop: int, mask: bool, tmp_path: Path) -> None:
-    through = Training(window=3, percent=20, mask_gradients=mask)
-    first = Training(window=3, percent=20, mask_gradients=mask)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": 3, "percent": 20},
+        {"window": 3, "percent": 20, "mask_gradients": True},
+        {"kind": ReferencesOnly},
+        {"kind": OverwritingCMD, "every": 3},
+    ],
+)
+def test_a_resumed_training_ends_with_the_same_bits(stop: int, settings: dict[str, Any], tmp_path: Path) -> None:
+    through, first = Training(**settings), Training(**settings)
     for number in range(1, 15):
         through.epoch(number)
         if number <= stop:
@@ -168,16 +175,17 @@ def test_a_resumed_training_ends_with_the_same_bits(stop: int, mask: bool, tmp_p
     parts = {"model": first.model, "optimizer": first.optimizer, "cmd": first.cmd}
     torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt")
-    resumed = Training(window=3, percent=20, mask_gradients=mask)
+    resumed = Training(**settings)
     resumed.model.load_state_dict(state["model"])
     resumed.optimizer.load_state_dict(state["optimizer"])
     resumed.cmd.load_state_dict(state["cmd"])
     for number in range(stop + 1, 15):
         resumed.epoch(number)
     np.testing.assert_array_equal(resumed.weights(), through.weights())
-    np.testing.assert_array_equal(resumed.embedded(), through.embedded())
-    assert resumed.cmd.shares == through.cmd.shares
-    assert resumed.cmd.saving == through.cmd.saving
+    if "kind" not in settings:
+        np.testing.assert_array_equal(resumed.embedded(), through.embedded())
+        assert resumed.cmd.shares == through.cmd.shares
+        assert resumed.cmd.saving == through.cmd.saving
 
 
 def test_all_weights_that_change_less_than_a_threshold_join() -> None:

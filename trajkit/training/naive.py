@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,14 @@ class OverwritingCMD:
         self.online.update_parameters(self._model)
         if self.online.n_updates > self.online.warmup and self.online.n_updates % self.every == 0:
             self.online.write(self.online.tensors_of(self._model))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `OnlineCMD.state_dict`."""
+        return self.online.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As `OnlineCMD.load_state_dict`."""
+        self.online.load_state_dict(state_dict)
 
 
 class ReferencesOnly(EmbeddedCMD):
