@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 from trajkit import ParameterLayout, Run, RunWriter, open_run
 from trajkit.layout import TensorEntry
 
+# The tests run on all cores already. Threads of torch that spin between its operations, which is what they do by
+# default, would take the cores from each other: with them a training takes five times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 REPOSITORY = Path(__file__).parents[1]
 MakeRun = Callable[..., Run]
 
