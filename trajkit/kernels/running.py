@@ -10,6 +10,9 @@ What is kept of a weight takes 11 bytes, 12 with more than 256 modes. A float32 
 moves by 1e-4 would lose three digits to the rounding of its mean, every epoch anew. So the mean has 40 bits: a float32
 and the `rest`, its rounding error in units of 2⁻³⁹ of it. Everything else is float32 arithmetic of the motion, in
 which the rounding is relative to the motion. An epoch is read once and its numbers are written once.
+
+Where modes may change, a weight has several candidates, those references that it correlated with most in the warm-up,
+and a product with each, 5 bytes a candidate: its mode is the candidate with the largest correlation so far.
 """
 
 from __future__ import annotations
@@ -73,6 +76,11 @@ class ReferenceMoments:
         return np.divide(values, self.power, out=np.zeros_like(self.power), where=self.power > 0)
 
     @property
+    def per_length(self) -> NDArray[np.float32]:
+        """(M,) what |products| are multiplied by to compare the correlations of a weight."""
+        return np.sqrt(self.per_power(np.ones_like(self.power))).astype(np.float32)
+
+    @property
     def reach(self) -> NDArray[np.float32]:
         """(M,) what a weight's product with its reference is multiplied by to give a·(r - ρ) at the last epoch."""
         return self.per_power(self.values - self.mean).astype(np.float32)
@@ -80,16 +88,15 @@ class ReferenceMoments:
 
 @dataclass(frozen=True)
 class RunningBlock:
-    """What online CMD keeps of n weights; arrays that `take` changes in place.
+    """What online CMD keeps of n weights with k candidates each; arrays that `take` changes in place.
 
-    With `mode` (n,), the modes are fixed and `products` is (n,). Without, it is (M, n), and the mode is the reference
-    with the largest correlation so far.
+    `mean` and `rest` are (n,), `products` and `mode` (k, n): each candidate's number, and the product with it.
     """
 
     mean: NDArray[np.float32]
     rest: NDArray[np.int16]
     products: NDArray[np.float32]
-    mode: NDArray[np.unsignedinteger[Any]] | None
+    mode: NDArray[np.unsignedinteger[Any]]
 
     @classmethod
     def of_fit(
@@ -101,29 +108,28 @@ class RunningBlock:
     ) -> RunningBlock:
         """Of weights with fixed modes, from their fit over the epochs of the references."""
         products = (scale.astype(np.float64) * moments.power[mode]).astype(np.float32)
-        return cls(*split_mean(mean), products, mode.astype(mode_dtype(moments.mean.size)))
+        return cls(*split_mean(mean), products[None], mode.astype(mode_dtype(moments.mean.size))[None])
 
     @classmethod
-    def of_updatable(
+    def of_correlations(
         cls,
         moments: ReferenceMoments,
         correlations: NDArray[np.float32],
         variation: NDArray[np.float64],
         mean: NDArray[np.float64],
+        candidates: int,
     ) -> RunningBlock:
         """Of weights whose modes may change, from a fit that has kept its (M, n) correlations."""
-        products = correlations * np.sqrt(variation) * np.sqrt(moments.power)[:, None]
-        return cls(*split_mean(mean), products.astype(np.float32), None)
+        best = np.argsort(-np.abs(correlations), axis=0, kind="stable")[:candidates]
+        products = np.take_along_axis(correlations, best, axis=0) * np.sqrt(variation) * np.sqrt(moments.power)[best]
+        return cls(*split_mean(mean), products.astype(np.float32), best.astype(mode_dtype(moments.mean.size)))
 
     def part(self, columns: slice) -> RunningBlock:
         """Some of the weights, in the same memory."""
-        mode = None if self.mode is None else self.mode[columns]
-        return RunningBlock(self.mean[columns], self.rest[columns], self.products[..., columns], mode)
+        return RunningBlock(self.mean[columns], self.rest[columns], self.products[:, columns], self.mode[:, columns])
 
     def take(self, weights: NDArray[np.float32], step: Step) -> bool:
         """Take one more epoch of the weights (n,), in place; False where one of them is not finite. Frees the GIL."""
-        if self.mode is None:
-            return bool(_take_every(weights, self.mean, self.rest, self.products, step.share, step.gain))
         return bool(_take(weights, self.mean, self.rest, self.products, self.mode, step.share, step.gain))
 
     def modelled(self, moments: ReferenceMoments, out: NDArray[np.float32]) -> None:
@@ -133,12 +139,10 @@ class RunningBlock:
 
     def chosen(self, moments: ReferenceMoments) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
         """(n,) modes, and the products with their references."""
-        if self.mode is not None:
-            return self.mode, self.products
-        length = np.sqrt(moments.power).astype(np.float32)[:, None]
-        shares = np.divide(np.abs(self.products), length, out=np.zeros_like(self.products), where=length > 0)
-        mode = shares.argmax(axis=0)
-        return mode.astype(np.uint16), np.take_along_axis(self.products, mode[None], axis=0)[0]
+        if len(self.mode) == 1:
+            return self.mode[0], self.products[0]
+        best = (np.abs(self.products) * moments.per_length[self.mode]).argmax(axis=0)[None]
+        return np.take_along_axis(self.mode, best, axis=0)[0], np.take_along_axis(self.products, best, axis=0)[0]
 
     def solved(
         self, moments: ReferenceMoments
@@ -178,22 +182,22 @@ def _take(
     share: np.float32,
     gain: NDArray[np.float32],
 ) -> bool:
-    gains = np.empty(TILE, np.float32)
+    gains, moved = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     strange = np.zeros(TILE, np.float32)
     for start in range(0, weights.size, TILE):
         width = min(TILE, weights.size - start)
-        modes = mode[start : start + width]
-        product = products[start : start + width]
         w, high, low = weights[start : start + width], mean[start : start + width], rest[start : start + width]
+        modes, product = mode[0, start : start + width], products[0, start : start + width]
         for i in range(width):
             gains[i] = gain[modes[i]]
         for i in range(width):
             old = high[i]
             below = np.float32(low[i]) * (old * UNIT)
-            moved = (w[i] - old) - below
-            product[i] += moved * gains[i]
-            strange[i] += moved * np.float32(0.0)
-            more = below + moved * share
+            change = (w[i] - old) - below
+            moved[i] = change
+            product[i] += change * gains[i]
+            strange[i] += change * np.float32(0.0)
+            more = below + change * share
             new = old + more
             back = new - old
             lost = (old - (new - back)) + (more - back)
@@ -202,41 +206,12 @@ def _take(
             steps = min(max((steps + ROUNDER) - ROUNDER, -MOST), MOST)
             high[i] = new
             low[i] = np.int16(steps)
-    return not np.isnan(strange).any()
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _take_every(
-    weights: NDArray[np.float32],
-    mean: NDArray[np.float32],
-    rest: NDArray[np.int16],
-    products: NDArray[np.float32],
-    share: np.float32,
-    gain: NDArray[np.float32],
-) -> bool:
-    moved = np.empty(TILE, np.float32)
-    strange = np.zeros(TILE, np.float32)
-    for start in range(0, weights.size, TILE):
-        width = min(TILE, weights.size - start)
-        w, high, low = weights[start : start + width], mean[start : start + width], rest[start : start + width]
-        for i in range(width):
-            old = high[i]
-            below = np.float32(low[i]) * (old * UNIT)
-            moved[i] = (w[i] - old) - below
-            strange[i] += moved[i] * np.float32(0.0)
-            more = below + moved[i] * share
-            new = old + more
-            back = new - old
-            lost = (old - (new - back)) + (more - back)
-            unit = new * UNIT
-            steps = lost / unit if unit != np.float32(0.0) else np.float32(0.0)
-            steps = min(max((steps + ROUNDER) - ROUNDER, -MOST), MOST)
-            high[i] = new
-            low[i] = np.int16(steps)
-        for m in range(gain.size):
-            product = products[m, start : start + width]
+        for k in range(1, products.shape[0]):
+            modes, product = mode[k, start : start + width], products[k, start : start + width]
             for i in range(width):
-                product[i] += moved[i] * gain[m]
+                gains[i] = gain[modes[i]]
+            for i in range(width):
+                product[i] += moved[i] * gains[i]
     return not np.isnan(strange).any()
 
 

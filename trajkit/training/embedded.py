@@ -196,14 +196,13 @@ class EmbeddedCMD:
     def _solved(self, shelf: Shelf) -> tuple[Tensor, Tensor]:
         """(n,) a, and a·r + b with the references' values at the end of the warm-up, over all updates so far."""
         references = self.online.moments.references
-        assert shelf.mode is not None
-        mode = shelf.mode.to(torch.int64)
+        mode = shelf.mode[0].to(torch.int64)
         inverse, reach = (
             _like(shelf.mean, references.per_power(values))
             for values in (np.ones_like(self._origin), self._origin - references.mean)
         )
         below = shelf.rest.to(torch.float32) * (shelf.mean * float(UNIT))
-        return shelf.products * inverse[mode], shelf.mean + (below + shelf.products * reach[mode])
+        return shelf.products[0] * inverse[mode], shelf.mean + (below + shelf.products[0] * reach[mode])
 
     def _embed(self) -> None:
         """A window: the weights that changed least join, and the others' changes are measured from now on."""
@@ -226,9 +225,8 @@ class EmbeddedCMD:
             for columns in _pieces(found.size):
                 part, kept = shelf.part(columns), frozen.part(columns)
                 scale, base = self._solved(part)
-                assert part.mode is not None
                 moved, shifted = scale - kept.scale, base - kept.base
-                shifted -= moved * _like(base, self._origin)[part.mode.to(torch.int64)]
+                shifted -= moved * _like(base, self._origin)[part.mode[0].to(torch.int64)]
                 change = torch.hypot(moved, shifted).masked_fill_(kept.embedded, torch.inf)
                 found[columns] = change.cpu().numpy()
                 kept.scale.copy_(torch.where(kept.embedded, kept.scale, scale))
@@ -271,8 +269,7 @@ class EmbeddedCMD:
             for entry, shelf, frozen in self._each(moments):
                 for columns, view in pieces_of(tensors[entry.name].detach(), DEVICE_PIECE):
                     part, kept = shelf.part(columns), frozen.part(columns)
-                    assert part.mode is not None
-                    values = kept.base + kept.scale * _like(kept.base, reach)[part.mode.to(torch.int64)]
+                    values = kept.base + kept.scale * _like(kept.base, reach)[part.mode[0].to(torch.int64)]
                     here = kept.embedded.view(view.shape)
                     view.copy_(torch.where(here, values.view(view.shape).to(view.dtype), view))
             self._clear_momentum()

@@ -35,27 +35,22 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Shelf:
-    """The numbers of the tensors that are on one device, one tensor after the other in flat arrays.
-
-    `products` is (n,), or (M, n) with `mode` None where the modes may change, as in `RunningBlock`.
-    """
+    """The numbers of the tensors that are on one device, one tensor after the other; shapes as in `RunningBlock`."""
 
     starts: Mapping[str, int]
     mean: Tensor
     rest: Tensor
     products: Tensor
-    mode: Tensor | None
+    mode: Tensor
 
     def part(self, columns: slice) -> Shelf:
         """Some of the weights, in the same memory."""
-        mode = None if self.mode is None else self.mode[columns]
-        return Shelf({}, self.mean[columns], self.rest[columns], self.products[..., columns], mode)
+        return Shelf({}, self.mean[columns], self.rest[columns], self.products[:, columns], self.mode[:, columns])
 
     @property
     def block(self) -> RunningBlock:
         """The same memory as arrays; of a shelf on the host."""
-        mode = None if self.mode is None else self.mode.numpy()
-        return RunningBlock(self.mean.numpy(), self.rest.numpy(), self.products.numpy(), mode)
+        return RunningBlock(self.mean.numpy(), self.rest.numpy(), self.products.numpy(), self.mode.numpy())
 
 
 class ModelMoments:
@@ -235,11 +230,8 @@ def take_tensor(weights: Tensor, shelf: Shelf, step: Step) -> bool:
     gain = torch.from_numpy(step.gain).to(mean.device)
     below = shelf.rest.to(torch.float32) * (mean * float(UNIT))
     moved = (weights - mean) - below
-    if shelf.mode is None:
-        for m, product in enumerate(shelf.products):
-            product += moved * gain[m]
-    else:
-        shelf.products.add_(moved * gain[shelf.mode.to(torch.int64)])
+    for mode, product in zip(shelf.mode, shelf.products, strict=True):
+        product += moved * gain[mode.to(torch.int64)]
     more = below + moved * share
     new = mean + more
     back = new - mean
@@ -261,12 +253,12 @@ def modelled_tensor(shelf: Shelf, references: ReferenceMoments) -> Tensor:
 
 def _chosen(shelf: Shelf, references: ReferenceMoments) -> tuple[Tensor, Tensor]:
     """(n,) modes as indices, and the products with their references."""
-    if shelf.mode is not None:
-        return shelf.mode.to(torch.int64), shelf.products
-    length = torch.from_numpy(np.sqrt(references.power).astype(np.float32)).to(shelf.mean.device)[:, None]
-    shares = torch.where(length > 0, shelf.products.abs() / length, torch.zeros_like(shelf.products))
-    mode = shares.argmax(dim=0)
-    return mode, shelf.products.gather(0, mode[None])[0]
+    if len(shelf.mode) == 1:
+        return shelf.mode[0].to(torch.int64), shelf.products[0]
+    mode = shelf.mode.to(torch.int64)
+    per_length = torch.from_numpy(references.per_length).to(shelf.mean.device)
+    best = (shelf.products.abs() * per_length[mode]).argmax(dim=0)[None]
+    return mode.gather(0, best)[0], shelf.products.gather(0, best)[0]
 
 
 def _filled(entries: Sequence[TensorEntry], device: torch.device, source: Source) -> Shelf:
@@ -282,8 +274,7 @@ def _filled(entries: Sequence[TensorEntry], device: torch.device, source: Source
             block = source(entry, columns)
             part = shelf.part(slice(start + columns.start, start + columns.stop))
             for name, values in vars(block).items():
-                if values is not None:
-                    getattr(part, name).copy_(torch.from_numpy(values))
+                getattr(part, name).copy_(torch.from_numpy(values))
     return shelf
 
 
@@ -291,13 +282,11 @@ def _empty_like(block: RunningBlock, starts: Mapping[str, int], size: int, devic
     def room(values: NDArray[Any]) -> Tensor:
         return torch.empty(*values.shape[:-1], size, dtype=torch.from_numpy(values[..., :0]).dtype, device=device)
 
-    mode = None if block.mode is None else room(block.mode)
-    return Shelf(starts, room(block.mean), room(block.rest), room(block.products), mode)
+    return Shelf(starts, room(block.mean), room(block.rest), room(block.products), room(block.mode))
 
 
 def _brought(shelf: Shelf) -> Shelf:
-    mode = None if shelf.mode is None else shelf.mode.cpu()
-    return Shelf({}, shelf.mean.cpu(), shelf.rest.cpu(), shelf.products.cpu(), mode)
+    return Shelf({}, shelf.mean.cpu(), shelf.rest.cpu(), shelf.products.cpu(), shelf.mode.cpu())
 
 
 def _flat(view: Tensor) -> Tensor:
