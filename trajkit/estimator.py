@@ -159,4 +159,4 @@ def _candidates(values: NDArray[np.floating]) -> Candidates:
     """Rows of (N, E) trajectories that may be members of references, the same ones for the same N."""
     n = len(values)
     index = np.sort(np.random.default_rng(0).choice(n, MOST_CANDIDATES, False)) if n > MOST_CANDIDATES else np.arange(n)
-    return Candidates(index, values[index].T, np.full(index.size, n / index.size))
+    return Candidates(index, np.ascontiguousarray(values[index].T), np.full(index.size, n / index.size))

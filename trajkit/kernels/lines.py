@@ -15,10 +15,12 @@ candidate stands for: then each round of k-lines lowers the squared error of all
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigh
 
 from ..errors import InputError
 from .affine import References
@@ -29,8 +31,14 @@ from .fused import fit_block_fused
 Kind = Literal["weight", "centroid", "principal"]
 Weighting = Literal["equal", "variance"]
 
-ROUNDS = 5
-"""Of k-lines, at most: what the later ones bring is a tenth of a percent, and each costs as much."""
+FIRST_ROUNDS, LAST_ROUNDS = 6, 2
+"""Of k-lines, at most. The first ones, which change much, are on some of the candidates, on which they cost little."""
+
+STEP = 8
+"""One candidate in so many, for these."""
+
+ENOUGH = 16
+"""Candidates a mode; with fewer, all rounds are on all of them."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,12 @@ class ReferenceChoice:
         if self.kind == "weight":
             return Functional.of_weights(weights)
         motions = _Motions.of(candidates, self.weighting == "variance")
-        started = fit_block_fused(candidates.trajectories, References(trajectories))
         if self.kind == "centroid":
+            started = fit_block_fused(candidates.trajectories, References(trajectories))
             mode = started.mode.astype(np.int64)
             coefficient = _centroids(motions, mode, np.sign(started.correlation))
         else:
-            mode, coefficient = _k_lines(motions, trajectories, candidates)
+            mode, coefficient = _k_lines(motions, trajectories, candidates.trajectories)
         return _functional(candidates, mode, coefficient, weights, trajectories[0])
 
 
@@ -99,6 +107,15 @@ class _Motions:
     """(P,) √E·σ"""
     share: NDArray[np.float64]
     """(P,) √k, to a common factor; 0 for a constant."""
+
+    @cached_property
+    def rows(self) -> NDArray[np.float64]:
+        """(P, E) directions by their shares."""
+        return self.unit * self.share[:, None]
+
+    def every(self, step: int) -> _Motions:
+        """Those of every so many candidates."""
+        return _Motions(self.unit[::step], self.norm[::step], self.share[::step])
 
     @classmethod
     def of(cls, candidates: Candidates, by_variance: bool) -> _Motions:
@@ -119,53 +136,81 @@ def _centroids(motions: _Motions, mode: NDArray[np.int64], sign: NDArray[np.floa
 
 
 def _k_lines(
-    motions: _Motions, trajectories: NDArray[np.floating[Any]], candidates: Candidates
+    motions: _Motions, trajectories: NDArray[np.floating[Any]], candidates: NDArray[np.floating[Any]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(P,) modes, and the coefficients of their principal trajectories, from lines (E, M) to begin with."""
     lines = trajectories.astype(np.float64)
-    coefficient = np.zeros(motions.norm.size)
-    mode: NDArray[np.int64] = np.full(motions.norm.size, -1)
-    for _ in range(ROUNDS):
-        fitted = fit_block_fused(candidates.trajectories, References(lines))
-        joined = _without_empty(motions, fitted.mode.astype(np.int64), fitted.correlation, lines.shape[1])
+    if len(motions.norm) < STEP * ENOUGH * lines.shape[1]:
+        mode = _improve(lines, motions, candidates, FIRST_ROUNDS + LAST_ROUNDS)
+    else:
+        _improve(lines, motions.every(STEP), np.ascontiguousarray(candidates[:, ::STEP]), FIRST_ROUNDS)
+        mode = _improve(lines, motions, candidates, LAST_ROUNDS)
+    return mode, _projections(motions, lines, mode)
+
+
+def _improve(
+    lines: NDArray[np.float64], motions: _Motions, candidates: NDArray[np.floating[Any]], most: int
+) -> NDArray[np.int64]:
+    """Change `lines` (E, M) in so many rounds, fewer where nothing changes; (P,) the modes that they were fitted to."""
+    mode: NDArray[np.int64] = np.full(len(motions.norm), -1)
+    for _ in range(most):
+        fitted = fit_block_fused(candidates, References(lines))
+        joined = _without_empty(motions, fitted.mode, fitted.correlation, lines.shape[1])
         moved = joined != mode
-        for changed in np.union1d(joined[moved], mode[moved]):
-            members = np.flatnonzero((joined == changed) & (motions.share > 0))
-            if changed >= 0 and members.size:
-                lines[:, changed], coefficient[members] = _principal(motions, members)
-        mode = joined
         if not moved.any():
             break
-    return mode, coefficient
+        order = np.argsort(joined, kind="stable")
+        order = order[motions.share[order] > 0]
+        members, edges = motions.rows[order], np.searchsorted(joined[order], np.arange(lines.shape[1] + 1))
+        for changed in set(joined[moved].tolist()) | set(mode[moved].tolist()) - {-1}:
+            if edges[changed] < edges[changed + 1]:
+                lines[:, changed] = _principal(members[edges[changed] : edges[changed + 1]])
+        mode = joined.astype(np.int64)
+    return mode
 
 
-def _principal(motions: _Motions, members: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """√E·u, the first principal trajectory of some members with standard deviation 1, and their coefficients in it.
+def _principal(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(E,) the unit u that maximises Σ⟨row, u⟩² over (S, E) rows, by the smaller one of the two Gram matrices."""
+    if len(rows) >= rows.shape[1]:
+        return _leading(rows.T @ rows)
+    found = _leading(rows @ rows.T) @ rows
+    return np.asarray(found / np.linalg.norm(found))
 
-    By the smaller one of the two Gram matrices. The member that makes up most of it has a positive coefficient.
+
+def _leading(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(k,) the eigenvector of the largest eigenvalue of a symmetric (k, k) matrix."""
+    last = len(matrix) - 1
+    _, vectors = eigh(matrix, subset_by_index=(last, last), check_finite=False)
+    found: NDArray[np.float64] = vectors[:, 0]
+    return found
+
+
+def _projections(motions: _Motions, lines: NDArray[np.float64], mode: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(P,) coefficients that make √E·u, with standard deviation 1, of each mode's members.
+
+    As Σ⟨x, u⟩·x = λ·u over the members' rows x, with λ = Σ⟨x, u⟩². The member that makes up most has a positive one.
     """
-    n_epochs = motions.unit.shape[1]
-    share = motions.share[members] / motions.share[members].max()  # of a mode, or the squares could underflow
-    rows = motions.unit[members] * share[:, None]
-    if members.size < n_epochs:
-        values, vectors = np.linalg.eigh(rows @ rows.T)
-        along = vectors[:, -1] * np.sqrt(values[-1])
-    else:
-        values, vectors = np.linalg.eigh(rows.T @ rows)
-        along = rows @ vectors[:, -1]
-    along *= np.sign(along[np.abs(along).argmax()]) * np.sqrt(n_epochs) / values[-1]
-    return rows.T @ along, along * share / motions.norm[members]
+    along = np.einsum("pe,pe->p", motions.rows, lines.T[mode])
+    power = np.bincount(mode, weights=along**2, minlength=lines.shape[1])
+    most = np.lexsort((-np.arange(along.size), np.abs(along), mode))
+    sign = np.ones(lines.shape[1])
+    sign[mode[most]] = np.sign(along[most])  # of each mode's last one in this order
+    along *= (sign * np.sqrt(len(lines)))[mode] * motions.share
+    scale = power[mode] * motions.norm
+    found: NDArray[np.float64] = np.divide(along, scale, out=np.zeros_like(along), where=scale > 0)
+    return found
 
 
 def _without_empty(
-    motions: _Motions, mode: NDArray[np.int64], correlation: NDArray[np.floating[Any]], n_modes: int
-) -> NDArray[np.int64]:
+    motions: _Motions, mode: NDArray[np.uint16], correlation: NDArray[np.floating[Any]], n_modes: int
+) -> NDArray[np.uint16]:
     """`mode` (P,), but modes without a member that moves get those that are explained worst, one each."""
     empty = np.flatnonzero(np.bincount(mode[motions.share > 0], minlength=n_modes) == 0)
-    missing = motions.share**2 * (1.0 - correlation.astype(np.float64) ** 2)
-    worst = np.argsort(-missing, kind="stable")[: empty.size]
-    worst = worst[missing[worst] > 0]
-    mode[worst] = empty[: worst.size]
+    if empty.size:
+        missing = motions.share**2 * (1.0 - correlation.astype(np.float64) ** 2)
+        worst = np.argsort(-missing, kind="stable")[: empty.size]
+        worst = worst[missing[worst] > 0]
+        mode[worst] = empty[: worst.size]
     return mode
 
 

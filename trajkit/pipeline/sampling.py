@@ -105,7 +105,9 @@ def choose(
     if references.kind == "weight":
         return Functional.of_weights(weights), found
     probe = run.probe_index
-    candidates = Candidates(probe, run.columns(probe, rows), represented(probe, run.layout.weight_bounds))
+    candidates = Candidates(
+        probe, run.archive.read(PROBE, rows, (0, probe.size)), represented(probe, run.layout.weight_bounds)
+    )
     require_finite(run, probe, np.isfinite(candidates.trajectories))
     with threadpool_limits(1, user_api="blas"):
         functional = references.refined(weights, found, candidates)
