@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 import trajkit
 
-from .options import epochs_option, json_option, quiet_option, run_argument
+from .options import (
+    epochs_option,
+    json_option,
+    quiet_option,
+    references_option,
+    run_argument,
+    weighting_option,
+)
 from .output import echo_json, echo_table, number, progress, talk
 
 if TYPE_CHECKING:
     from trajkit import Decomposition
 
-CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs")
+CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs", "references", "weighting")
 
 
 @click.command()
@@ -35,6 +43,8 @@ CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs")
     "--sampling", type=click.Choice(["balanced", "uniform", "variance"]), default="balanced", show_default=True
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling.")
+@references_option
+@weighting_option
 @epochs_option
 @click.option("--name", help="Of the fit in the run.  [default: modes10 or the like]")
 @click.option("--updatable", is_flag=True, help="Keep what --update needs to read new epochs only.")
@@ -141,7 +151,7 @@ def _choices(options: dict[str, Any]) -> dict[str, Any]:
     cut = options["cut"]
     return {
         "modes": trajkit.DistanceCut(cut) if cut is not None else options["modes"] or 10,
-        **{key: options[key] for key in ("samples", "sampling", "seed", "epochs")},
+        **{key: options[key] for key in CHOICES[2:]},
     }
 
 
@@ -158,6 +168,7 @@ def echo_fit(
                 "epochs": fitted.epochs.tolist(),
                 "weights": fitted.quality.weights,
                 "variance_explained": fitted.quality.variance_explained,
+                "references": fitted.references,
                 "settings": dict(fitted.settings),
                 "mode_sizes": [part.weights for part in fitted.quality_by_mode],
                 "reading": fitted.run.archive.reading,
@@ -166,11 +177,16 @@ def echo_fit(
             indent,
         )
         return
+    functional = fitted.functional
+    if fitted.references == "weight":
+        what, found = "reference weight", functional.index
+    else:
+        what, found = f"{fitted.references} of", np.bincount(functional.mode, minlength=functional.n_modes)
     rows = [
-        [str(mode), str(index), str(part.weights), number(part.variance_explained)]
-        for mode, (index, part) in enumerate(zip(fitted.reference_index.tolist(), fitted.quality_by_mode, strict=True))
+        [str(mode), str(value), str(part.weights), number(part.variance_explained)]
+        for mode, (value, part) in enumerate(zip(found.tolist(), fitted.quality_by_mode, strict=True))
     ]
-    echo_table(["mode", "reference weight", "weights", "variance explained"], rows)
+    echo_table(["mode", what, "weights", "variance explained"], rows)
     fewer = f" ({modes} asked for, the sample has no more clusters)" if modes and fitted.n_modes < modes else ""
     click.echo(
         f"\nfit '{fitted.name}': {fitted.n_modes} modes{fewer}, {len(fitted.epochs)} epochs,"

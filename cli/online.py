@@ -11,7 +11,7 @@ import trajkit
 from trajkit.errors import InputError
 
 from .fit import echo_fit
-from .options import json_option, quiet_option, run_argument
+from .options import json_option, quiet_option, references_option, run_argument, weighting_option
 from .output import progress
 
 
@@ -27,6 +27,8 @@ from .output import progress
     help="K, how many weights the clusters are found on.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling.")
+@references_option
+@weighting_option
 @click.option("--reassign", is_flag=True, help="A weight's mode is its best reference so far, not the warm-up's.")
 @click.option("--name", help="Of the fit in the run.  [default: online10 or the like]")
 @click.option(
@@ -40,6 +42,8 @@ def online(
     modes: int,
     samples: int,
     seed: int,
+    references: str,
+    weighting: str | None,
     reassign: bool,
     name: str | None,
     memory: str | None,
@@ -73,6 +77,8 @@ def online(
             epochs=sound[:warmup],
             name=name,
             progress=report,
+            references=references,  # type: ignore[arg-type]
+            weighting=weighting,  # type: ignore[arg-type]
             online=True,
             updatable=reassign,
             memory=memory,

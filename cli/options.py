@@ -28,6 +28,21 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progres
 fit_option = click.option("--fit", "fit_name", metavar="NAME", help="A fit saved in the run.")
 
 
+references_option = click.option(
+    "--references",
+    type=click.Choice(["weight", "centroid", "principal"]),
+    default="weight",
+    show_default=True,
+    help="What a mode's weights are fitted to: one weight, as in the paper, the mean or the principal trajectory of"
+    " many.",
+)
+weighting_option = click.option(
+    "--weighting",
+    type=click.Choice(["equal", "variance"]),
+    help="What each of these many counts for.  [default: equal for centroid, variance for principal]",
+)
+
+
 class EpochRange(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
     """Epochs such as ``3``, ``0,5,9`` or ``10:40:5`` (from 10 up to, not including, 40)."""
 

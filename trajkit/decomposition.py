@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .errors import DamagedRunError, InputError
 from .kernels.affine import References
+from .kernels.functionals import Functional
 from .kernels.model import model
 from .store.fits import StoredFit
 from .tensors import to_tensors
@@ -99,10 +100,29 @@ class Decomposition:
         """(e, M) reference trajectories over the fitted epochs."""
         return self.stored.read("reference")
 
+    @property
+    def references(self) -> str:
+        """What the references are: ``"weight"``, ``"centroid"`` or ``"principal"``."""
+        kind: str = self.settings.get("references", "weight")
+        return kind
+
     @cached_property
     def reference_index(self) -> NDArray[np.int64]:
-        """(M,) which weights the references are."""
+        """(M,) which weights the references are; raises `InputError` where they are made of many."""
+        if self.stored.shape.n_members:
+            raise InputError(
+                f"{self.run.path}: fit '{self.name}': each {self.references} reference is made of many weights,"
+                " expected single ones; `functional` names them"
+            )
         return self.stored.read("reference_index")
+
+    @cached_property
+    def functional(self) -> Functional:
+        """How the references' values follow from those of single weights, at any epoch."""
+        if not self.stored.shape.n_members:
+            return Functional.of_weights(self.reference_index)
+        members = {name: self.stored.read(f"member_{name}") for name in ("index", "mode", "origin", "coefficient")}
+        return Functional(self.n_modes, **members)
 
     @cached_property
     def sample_index(self) -> NDArray[np.int64]:
@@ -131,8 +151,12 @@ class Decomposition:
 
     def reference_at(self, epochs: Iterable[int]) -> NDArray[np.float32]:
         """(k, M) reference values at any recorded epochs, also those that were not fitted."""
-        rows = np.array([self.run.row_of(epoch) for epoch in epochs], dtype=np.int64)
-        return self.run.columns(self.reference_index, rows)
+        return self.reference_rows(np.array([self.run.row_of(epoch) for epoch in epochs], dtype=np.int64))
+
+    def reference_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(k, M) reference values at some rows of the run."""
+        values: NDArray[np.float32] = self.functional.values(self.run.columns(self.functional.index, rows))
+        return values
 
     def modelled(
         self, epochs: Iterable[int], start: int = 0, stop: int | None = None, dtype: DTypeLike = np.float32

@@ -15,7 +15,11 @@ from .kernels.affine import References
 from .kernels.clustering import Cut, checked_cut, choose_references, cluster
 from .kernels.correlation import correlation_magnitude
 from .kernels.fused import fit_block_fused
+from .kernels.lines import Candidates, ReferenceChoice
 from .kernels.sampling import checked_sample, draw_by_variance
+
+MOST_CANDIDATES = 16384
+"""As many as the probe of a run has, at most."""
 
 
 class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -34,6 +38,11 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         "variance" draws with probability ∝ exp(standard deviation over time).
     sample_index : array of int, optional
         The weights to find the clusters on; `n_samples`, `sampling` and `random_state` do not apply then.
+    references : {"weight", "centroid", "principal"}, default "weight"
+        What the trajectory is that a mode's weights are fitted to: one weight, or what many have in common, of up to
+        16384 weights that are drawn evenly, all if there are no more. See `trajkit.fit`.
+    weighting : {"equal", "variance"}, optional
+        What each of these counts for; by default "equal" for centroids, "variance" for principal trajectories.
     random_state : int, RandomState or None, default None
         Of the sampling.
 
@@ -43,7 +52,8 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     scale_, offset_ : (N,) with w(t) ≈ scale · reference(t) + offset
     correlation_ : (N,) signed, with the mode's reference
     references_ : (E, M) reference trajectories
-    reference_indices_ : (M,) which rows of X they are
+    reference_indices_ : (M,) which rows of X they are, where each is a single weight
+    functional_ : how their values follow from those of single weights, by index, mode, coefficient and origin
     sample_indices_ : (K,) rows of X that the clusters were found on
     """
 
@@ -54,24 +64,33 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         *,
         sampling: str = "uniform",
         sample_index: ArrayLike | None = None,
+        references: str = "weight",
+        weighting: str | None = None,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_modes = n_modes
         self.n_samples = n_samples
         self.sampling = sampling
         self.sample_index = sample_index
+        self.references = references
+        self.weighting = weighting
         self.random_state = random_state
 
     def fit(self, X: ArrayLike, y: None = None) -> Self:  # noqa: ARG002 (scikit-learn passes it)
         """Fit to trajectories X (N weights, E epochs); N ≥ 1, E ≥ 2, all finite."""
         values = self._trajectories(X, reset=True)
         cut = checked_cut(self.n_modes, "n_modes")
+        choice = ReferenceChoice(self.references, self.weighting)  # type: ignore[arg-type]
         self.sample_indices_ = self._sample(values)
         sampled = values[self.sample_indices_].T
         magnitude = correlation_magnitude(sampled)
         chosen = choose_references(magnitude, cluster(magnitude, cut))
-        self.reference_indices_ = self.sample_indices_[chosen]
-        self.references_ = sampled[:, chosen]
+        weights = self.sample_indices_[chosen]
+        self.__dict__.pop("reference_indices_", None)
+        if choice.kind == "weight":
+            self.reference_indices_ = weights
+        self.functional_ = choice.refined(weights, sampled[:, chosen], _candidates(values))
+        self.references_ = self.functional_.values(values[self.functional_.index].T)
         fitted = fit_block_fused(values.T, References(self.references_))
         self.labels_ = fitted.mode.astype(np.int64)
         self.scale_ = fitted.scale
@@ -134,3 +153,10 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+def _candidates(values: NDArray[np.floating]) -> Candidates:
+    """Rows of (N, E) trajectories that may be members of references, the same ones for the same N."""
+    n = len(values)
+    index = np.sort(np.random.default_rng(0).choice(n, MOST_CANDIDATES, False)) if n > MOST_CANDIDATES else np.arange(n)
+    return Candidates(index, np.ascontiguousarray(values[index].T), np.full(index.size, n / index.size))

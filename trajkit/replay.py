@@ -124,7 +124,7 @@ class OnlineDecomposition(Decomposition):
         rows = self.run.rows_of(None)
         rows = rows[rows > self._last_row]
         moments, taken = self._moments, []
-        for row, values in zip(rows.tolist(), self.run.columns(self.reference_index, rows), strict=True):
+        for row, values in zip(rows.tolist(), self.reference_rows(rows), strict=True):
             moments = copy.copy(moments)
             taken.append(_Taken(row, moments.take(values), moments))
         return tuple(taken)

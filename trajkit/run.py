@@ -125,13 +125,16 @@ class Run:
         return rows
 
     def columns(self, index: NDArray[np.int64], rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """(len(rows), k) trajectories of single weights: from the probe if it has them all, else chunk by chunk."""
-        places = np.searchsorted(self.probe_index, index)
-        inside = places < self.probe_index.size
-        if inside.all() and np.array_equal(self.probe_index[places], index):
-            probe: NDArray[np.float32] = self.archive.read(PROBE, rows, (0, self.probe_index.size))
-            return probe[:, places]
-        return self.weights.gather(rows, index)
+        """(len(rows), k) trajectories of single weights: those of the probe from it, the others chunk by chunk."""
+        places = np.minimum(np.searchsorted(self.probe_index, index), self.probe_index.size - 1)
+        inside = self.probe_index[places] == index
+        if not inside.any():
+            return self.weights.gather(rows, index)
+        probe: NDArray[np.float32] = self.archive.read(PROBE, rows, (0, self.probe_index.size))
+        found = probe[:, places]
+        if not inside.all():
+            found[:, ~inside] = self.weights.gather(rows, index[~inside])
+        return found
 
     def trajectory(self, name: str, epochs: Iterable[int] | None = None) -> NDArray[Any]:
         """(E, *shape) values of one tensor, weight or buffer, over all epochs or the given ones.

@@ -69,6 +69,12 @@ def candidates_suffice(counts: NDArray[np.int64], bounds: NDArray[np.int64], can
     return bool(np.all(np.diff(np.searchsorted(candidates, bounds)) >= counts))
 
 
+def represented(candidates: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(P,) how many weights each of the rising `candidates` stands for, itself included, in its layer."""
+    edges = np.searchsorted(candidates, bounds)
+    return np.repeat(np.diff(bounds) / np.maximum(np.diff(edges), 1), np.diff(edges))
+
+
 def draw_by_variance(
     spread: NDArray[np.floating],
     k: int,

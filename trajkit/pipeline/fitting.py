@@ -21,6 +21,8 @@ from ..device import open_device
 from ..errors import InputError, PathExistsError, RunLockedError
 from ..kernels.affine import References
 from ..kernels.clustering import Cut, DistanceCut, checked_cut, clustering_bytes
+from ..kernels.functionals import Functional
+from ..kernels.lines import Kind, ReferenceChoice, Weighting
 from ..kernels.sampling import Sampling
 from ..run import PathLike, Run, open_run
 from ..store.fits import FitShape, FitWriter
@@ -37,6 +39,9 @@ Progress = Callable[[int, int], None]
 SAMPLE_BYTES = 40
 """Per sample and epoch: the recorded value, and those that the correlations are made of, in float64."""
 
+MEMBER_BYTES = 48
+"""Per candidate and epoch, where references are made of many: recorded values, and directions in float64."""
+
 
 def fit(
     run: Run | PathLike,
@@ -49,6 +54,8 @@ def fit(
     name: str | None = None,
     progress: Progress | None = None,
     *,
+    references: Kind = "weight",
+    weighting: Weighting | None = None,
     updatable: bool = False,
     online: bool = False,
     memory: int | str | None = None,
@@ -67,8 +74,18 @@ def fit(
     seed: of the sampling.
     epochs: labels of the recorded epochs to fit, all by default.
     sample_index: (K,) indices of the weights to use as the sample; `samples`, `sampling` and `seed` do not apply then.
-    name: of the fit in the run; ``modes10``, ``online10`` or the like by default, numbered where that exists.
+    name: of the fit in the run; ``modes10``, ``principal10``, ``online10`` or the like by default, numbered where that
+        exists.
     progress: called with the number of weights done and N.
+    references: what the trajectory is that a mode's weights are fitted to. ``"weight"``, the paper's: that weight of
+        the sample which stands best for its cluster, with all its noise. ``"centroid"``: the mean of the probe's
+        weights that correlate with it most, each centred, divided by its standard deviation σ and turned by its sign.
+        ``"principal"``: the first principal trajectory of the mode's probe weights, over which modes and trajectories
+        are found anew in a few rounds (k-lines); it explains more of the variance at the same M. The latter two stay
+        fixed linear functionals of the probe's weights, and cost no pass over the archive.
+    weighting: what each probe weight counts for there. ``"equal"``, the default of centroids: all the same.
+        ``"variance"``, the default of principal trajectories: σ² times the number of weights that it stands for, so
+        that what is minimised is the error of the weights.
     updatable: keep 4·M + 8 bytes a weight more, so that `update` need not read the old epochs.
     online: take the epochs for the warm-up of online CMD: the weights modelled at a later epoch follow from all epochs
         up to that one, with the references of the warm-up, and its modes unless the fit is `updatable`.
@@ -88,23 +105,27 @@ def fit(
     rows = run.rows_of(epochs)
     if rows.size < 2:
         raise InputError(f"{run.path}: {rows.size} epochs to fit, a correlation needs at least 2; record or name more")
-    choice = SampleChoice(samples, sampling, seed, sample_index)
-    settings = {"modes": vars(modes) if isinstance(modes, DistanceCut) else modes, **choice.settings}
+    choice, wanted = SampleChoice(samples, sampling, seed, sample_index), ReferenceChoice(references, weighting)
+    cut = vars(modes) if isinstance(modes, DistanceCut) else modes
+    settings = {"modes": cut, **choice.settings, **wanted.settings}
     if online:
         settings["online"] = True
     with scheduler_of(scheduler) as chosen_scheduler:
         resources = Resources(chosen_scheduler, bytes_of(memory), device)
         n_samples = choice.count(run)
         most_modes = min(n_samples, modes if isinstance(modes, int) else 1)
-        resources.plan_fit(run, FitShape(run.layout.n_weights, rows.size, most_modes, n_samples, updatable))
+        most_members = 0 if references == "weight" else run.probe_index.size
+        n = run.layout.n_weights
+        resources.plan_fit(run, FitShape(n, rows.size, most_modes, n_samples, updatable, most_members))
         with _hashing_ahead(run, rows) if chosen_scheduler.shares_memory else contextlib.nullcontext():
             sample = choice.draw(run, rows)
-            reference_index, reference = choose(run, rows, sample, modes)
-        shape = FitShape(run.layout.n_weights, rows.size, reference_index.size, sample.size, updatable)
+            functional, reference = choose(run, rows, sample, modes, wanted)
+        n_members = 0 if references == "weight" else functional.index.size
+        shape = FitShape(n, rows.size, functional.n_modes, sample.size, updatable, n_members)
         plan = resources.plan_fit(run, shape)
-        with _writer_for(run, default_name(modes, online), name, shape) as writer:
+        with _writer_for(run, default_name(modes, online, references), name, shape) as writer:
             task = FitBlock(run, rows, References(reference), writer.blocks, plan, device)
-            save(run, writer, task, resources.scheduler, progress, Fitted(rows, reference_index, sample, settings))
+            save(run, writer, task, resources.scheduler, progress, Fitted(rows, functional, sample, settings))
     return run.fit(writer.name)
 
 
@@ -118,7 +139,8 @@ class Resources:
 
     def plan_fit(self, run: Run, shape: FitShape) -> BlockPlan:
         """How the blocks of a fit are read; raises `MemoryBudgetError`."""
-        per_epoch = 4 * run.probe_index.size + SAMPLE_BYTES * shape.n_samples
+        n_probe = run.probe_index.size
+        per_epoch = 4 * n_probe + SAMPLE_BYTES * shape.n_samples + (MEMBER_BYTES * n_probe if shape.n_members else 0)
         step1 = clustering_bytes(shape.n_samples) + shape.n_epochs * per_epoch
         return self.plan(run, shape, shape.n_epochs, open_device(self.device).buffers, step1)
 
@@ -146,7 +168,7 @@ class Fitted:
     """What a fit is of: the rows of its epochs, its references and the sample they are from, and its settings."""
 
     rows: NDArray[np.int64]
-    reference_index: NDArray[np.int64]
+    references: Functional
     sample_index: NDArray[np.int64]
     settings: dict[str, Any]
 
@@ -176,11 +198,10 @@ def save(
         "settings": fitted.settings,
         "epochs": run.epochs[fitted.rows].tolist(),
         "layout": run.layout.digest,
-        **_quality(run, summaries, fitted.reference_index.size),
+        **_quality(run, summaries, fitted.references.n_modes),
     }
     stored = {key: item for summary in summaries for key, item in summary.stored.items()}
-    reference = task.references.trajectories
-    writer.commit(stored, reference, fitted.reference_index, fitted.sample_index, attributes)
+    writer.commit(stored, task.references.trajectories, fitted.references, fitted.sample_index, attributes)
 
 
 def _quality(run: Run, summaries: Sequence[BlockSummary], n_modes: int) -> dict[str, Any]:
@@ -220,11 +241,14 @@ def _hashing_ahead(run: Run, rows: NDArray[np.int64]) -> Iterator[None]:
             enough.set()
 
 
-def default_name(modes: Cut, online: bool) -> str:
+def default_name(modes: Cut, online: bool, references: Kind = "weight") -> str:
     """What a fit is called by default, where that is free."""
+    parts = ["online"] if online else []
+    if references != "weight":
+        parts.append(references)
     if isinstance(modes, DistanceCut):
-        return f"{'online-' if online else ''}cut{modes.divisor:g}".replace("+", "")
-    return f"{'online' if online else 'modes'}{modes}"
+        return "-".join([*parts, f"cut{modes.divisor:g}"]).replace("+", "")
+    return f"{'-'.join(parts) or 'modes'}{modes}"
 
 
 def _writer_for(run: Run, base: str, name: str | None, shape: FitShape) -> FitWriter:

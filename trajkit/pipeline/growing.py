@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..kernels.affine import References
 from ..kernels.clustering import DistanceCut
 from ..replay import OnlineDecomposition
 from ..run import PathLike, Run, open_run
-from ..store.fits import FitShape, FitWriter
+from ..store.fits import FitWriter
 from ..store.writer import is_being_written
 from .fitting import Fitted, Progress, Resources, fit, save
 from .sampling import require_finite
@@ -59,12 +60,13 @@ def update(
     further = sound[run.epochs[sound] > previous.epochs[-1]]
     if further.size == 0:
         return previous
-    new_reference = run.columns(previous.reference_index, further)
-    require_finite(run, previous.reference_index, np.isfinite(new_reference))
-    references = References(np.concatenate([previous.reference, new_reference]))
+    functional = previous.functional
+    members = run.columns(functional.index, further)
+    require_finite(run, functional.index, np.isfinite(members))
+    references = References(np.concatenate([previous.reference, functional.values(members)]))
     rows = np.concatenate([fitted_rows, further])
     before = previous.stored.shape
-    shape = FitShape(before.n_weights, rows.size, before.n_modes, before.n_samples, updatable=True)
+    shape = replace(before, n_epochs=rows.size, updatable=True)
     with scheduler_of(scheduler) as chosen:
         resources = Resources(chosen, bytes_of(memory), "cpu")
         n_read, buffers = (further.size, EXTENDING_BUFFERS) if before.updatable else (rows.size, 1)
@@ -76,7 +78,7 @@ def update(
                 task = ExtendBlock(run, further, references, writer.blocks, plan, previous.stored, old)
             else:
                 task = FitBlock(run, rows, references, writer.blocks, plan, resources.device)
-            fitted = Fitted(rows, previous.reference_index, previous.sample_index, dict(previous.settings))
+            fitted = Fitted(rows, functional, previous.sample_index, dict(previous.settings))
             save(run, writer, task, chosen, progress, fitted)
     return run.fit(name)
 
@@ -139,8 +141,8 @@ def _require_settings(known: Decomposition, settings: Mapping[str, Any]) -> None
     """Raise `InputError` where a fit was made with other settings than these."""
     for key, value in settings.items():
         wanted = vars(value) if isinstance(value, DistanceCut) else value
-        found = known.settings.get(key, wanted)
-        if found != wanted:
+        found = known.references if key == "references" else known.settings.get(key, wanted)
+        if found != wanted and value is not None:
             raise InputError(
                 f"{known.run.path}: fit '{known.name}' has {key} {found}, not {wanted}, and keeps its settings;"
                 " choose another name or leave that out"

@@ -12,6 +12,8 @@ from threadpoolctl import threadpool_limits
 from ..errors import InputError
 from ..kernels.clustering import Cut, choose_references, cluster
 from ..kernels.correlation import correlation_magnitude
+from ..kernels.functionals import Functional
+from ..kernels.lines import Candidates, ReferenceChoice
 from ..kernels.sampling import (
     SAMPLINGS,
     Sampling,
@@ -20,6 +22,7 @@ from ..kernels.sampling import (
     checked_sample,
     draw,
     draw_by_variance,
+    represented,
     uniform_counts,
 )
 from ..run import Run
@@ -82,22 +85,34 @@ class SampleChoice:
         values = run.archive.read(PROBE, rows, (0, probe.size))
         require_finite(run, probe, np.isfinite(values))
         spread = values.std(axis=0, dtype=np.float64)
-        layer = np.searchsorted(bounds, probe, side="right") - 1
-        represents = (np.diff(bounds) / np.maximum(np.bincount(layer, minlength=bounds.size - 1), 1))[layer]
-        return draw_by_variance(spread, self.samples, probe, rng, represents)
+        return draw_by_variance(spread, self.samples, probe, rng, represented(probe, bounds))
 
 
 def choose(
-    run: Run, rows: NDArray[np.int64], sample: NDArray[np.int64], cut: Cut
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The M references of the clusters of a sample (K,): their indices (M,), and their trajectories (E, M)."""
+    run: Run, rows: NDArray[np.int64], sample: NDArray[np.int64], cut: Cut, references: ReferenceChoice
+) -> tuple[Functional, NDArray[np.float32]]:
+    """The M references of the clusters of a sample (K,), and their trajectories (E, M).
+
+    References of many weights are made of the probe's, so that they cost no pass over the archive, now or later.
+    """
     trajectories = run.columns(sample, rows)
     require_finite(run, sample, np.isfinite(trajectories))
     # Threads of BLAS spin on for a while after their work, beside those that then fit the blocks.
     with threadpool_limits(1 if sample.size <= SMALL_SAMPLE else None, user_api="blas"):
         magnitude = correlation_magnitude(trajectories)
         chosen = choose_references(magnitude, cluster(magnitude, cut))
-    return sample[chosen], trajectories[:, chosen]
+    weights, found = sample[chosen], trajectories[:, chosen]
+    if references.kind == "weight":
+        return Functional.of_weights(weights), found
+    probe = run.probe_index
+    candidates = Candidates(
+        probe, run.archive.read(PROBE, rows, (0, probe.size)), represented(probe, run.layout.weight_bounds)
+    )
+    require_finite(run, probe, np.isfinite(candidates.trajectories))
+    with threadpool_limits(1, user_api="blas"):
+        functional = references.refined(weights, found, candidates)
+    values: NDArray[np.float32] = functional.values(run.columns(functional.index, rows))
+    return functional, values
 
 
 def require_finite(run: Run, index: NDArray[np.int64], finite: NDArray[np.bool_]) -> None:

@@ -1,18 +1,22 @@
 """Saved decompositions, ``fits/<name>``: as blocks are fitted, their results are written; the group comes last.
 
-====================  =========  ===============  =================================================================
-array                 dtype      dimensions       content
-====================  =========  ===============  =================================================================
-``mode``              uint16     (weight)         mode of each weight
-``scale``             float32    (weight)         a
-``mean``              float64    (weight)         mean over the fitted epochs; b = mean - a · mean of the reference
-``correlation``       float32    (weight)         signed, with the reference of the mode
-``reference``         float32    (epoch, m)       the reference trajectories over the fitted epochs
-``reference_index``   int64      (m)              which weights they are
-``sample_index``      int64      (sample)         the weights that Step 1 looked at
-``variation``         float64    (weight)         Σ(w - mean)² over the fitted epochs; in fits that can be updated
-``correlations``      float32    (m, weight)      with every reference; in fits that can be updated
-====================  =========  ===============  =================================================================
+======================  =========  ===============  ===============================================================
+array                   dtype      dimensions       content
+======================  =========  ===============  ===============================================================
+``mode``                uint16     (weight)         mode of each weight
+``scale``               float32    (weight)         a
+``mean``                float64    (weight)         mean over the fitted epochs; b = mean - a · mean of the reference
+``correlation``         float32    (weight)         signed, with the reference of the mode
+``reference``           float32    (epoch, m)       the reference trajectories over the fitted epochs
+``reference_index``     int64      (m)              which weights they are; where each is a single one
+``member_index``        int64      (member)         where each is made of many: weights that they are made of,
+``member_mode``         uint16     (member)         of which one,
+``member_origin``       float32    (member)         o,
+``member_coefficient``  float64    (member)         and c: the reference is the sum of c · (weight - o)
+``sample_index``        int64      (sample)         the weights that Step 1 looked at
+``variation``           float64    (weight)         Σ(w - mean)² over the fitted epochs; in fits that can be updated
+``correlations``        float32    (m, weight)      with every reference; in fits that can be updated
+======================  =========  ===============  ===============================================================
 
 They stand in a group of their own, ``fits/<name>/<version>``; version 0 is the first, and every update writes the next.
 ``mode/objects.json`` there holds length and hash of every object of these arrays. The ``zarr.json`` of ``fits/<name>``
@@ -37,6 +41,7 @@ from numpy.typing import NDArray
 from ..digest import canonical_json, digest
 from ..documents import parse, require_fields, require_kind
 from ..errors import DamagedRunError, PathExistsError, RunLockedError, UnknownNameError
+from ..kernels.functionals import Functional
 from ..layout import ParameterLayout
 from .arrays import VerifiedReader, store
 from .commit import StoredObject
@@ -50,8 +55,15 @@ FIT_ATTRIBUTE = "trajkit_fit"
 RESULTS = {"mode": "uint16", "scale": "float32", "mean": "float64", "correlation": "float32"}
 MOMENTS = {"variation": "float64", "correlations": "float32"}
 """What a fit needs to take further epochs, beside its results."""
+MEMBERS = {
+    "member_index": "int64",
+    "member_mode": "uint16",
+    "member_origin": "float32",
+    "member_coefficient": "float64",
+}
+"""What references are that are made of many weights."""
 MOST_MODES = 1 << 16
-INDICES = ("mode", "reference_index", "sample_index")
+INDICES = ("mode", "reference_index", "sample_index", "member_index", "member_mode")
 FIT_FIELDS: Mapping[str, type | UnionType] = {
     "version": int,
     "layout": str,
@@ -75,6 +87,8 @@ class FitShape:
     n_modes: int
     n_samples: int
     updatable: bool
+    n_members: int = 0
+    """0 where each reference is a single weight."""
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -87,9 +101,13 @@ class FitShape:
         rows = ("epoch", "m")
         documents = {
             "reference": array_document("float32", (self.n_epochs, self.n_modes), (self.n_epochs, self.n_modes), rows),
-            "reference_index": array_document("int64", (self.n_modes,), (self.n_modes,), ("m",)),
             "sample_index": array_document("int64", (self.n_samples,), (self.n_samples,), ("sample",)),
         }
+        if self.n_members:
+            for array, dtype in MEMBERS.items():
+                documents[array] = array_document(dtype, (self.n_members,), (self.n_members,), ("member",))
+        else:
+            documents["reference_index"] = array_document("int64", (self.n_modes,), (self.n_modes,), ("m",))
         for array, dtype in (RESULTS | MOMENTS).items():
             documents[array] = array_document(dtype, (n,), (chunk,), ("weight",))
         documents["correlations"] = array_document("float32", (self.n_modes, n), (1, chunk), ("m", "weight"))
@@ -151,7 +169,7 @@ class StoredFit:
             values = self._reader.read(f"{self.group}/{array}", document, region)
         except DamagedObjectError as damage:
             raise self._damaged(str(damage)) from None
-        limit = {"mode": self.shape.n_modes}.get(array, self.shape.n_weights)
+        limit = self.shape.n_modes if array in ("mode", "member_mode") else self.shape.n_weights
         if array in INDICES and values.size and not 0 <= values.min() <= values.max() < limit:
             raise self._damaged(f"'{array}' has {values.min()} to {values.max()}, expected 0 to {limit - 1}")
         return values
@@ -242,21 +260,25 @@ class FitWriter:
         self,
         stored: Stored,
         reference: NDArray[np.float32],
-        reference_index: NDArray[np.int64],
+        functional: Functional,
         sample_index: NDArray[np.int64],
         attributes: Mapping[str, Any],
     ) -> None:
         """Write what is small, then the group: from here on the fit, or its new version, exists."""
         small: dict[str, NDArray[Any]] = {
             "reference": reference,
-            "reference_index": reference_index,
             "sample_index": sample_index,
         }
+        if self._shape.n_members:
+            small |= {array: getattr(functional, array.removeprefix("member_")) for array in MEMBERS}
+        else:
+            small["reference_index"] = functional.index
         fit = {
             **attributes,
             "version": self._version,
             "n_samples": self._shape.n_samples,
             "updatable": self._shape.updatable,
+            **({"n_members": self._shape.n_members} if self._shape.n_members else {}),
             "objects": self._complete(stored, small),
         }
         group = sealed_group(FIT_ATTRIBUTE, "fit", fit)
@@ -369,6 +391,7 @@ def open_fit(objects: Objects, name: str, layout: ParameterLayout) -> StoredFit:
             n_modes=len(attributes["modes"]),
             n_samples=attributes["n_samples"],
             updatable=attributes["updatable"],
+            n_members=attributes.get("n_members", 0),
         )
         return StoredFit(objects, name, attributes, shape, shape.documents())
     except ValueError as error:
@@ -389,6 +412,8 @@ def _require_values(attributes: Mapping[str, Any]) -> None:
         raise ValueError("its epochs are not rising integers of 64 bits")
     if not 1 <= len(attributes["modes"]) <= MOST_MODES or attributes["n_samples"] < 1 or attributes["version"] < 0:
         raise ValueError("its modes, samples or version are no such numbers")
+    if "n_members" in attributes and require_kind(attributes["n_members"], int, "'n_members'") < 1:
+        raise ValueError("its references have no members")
     for quality in (*attributes["modes"], *attributes["tensors"].values()):
         if len(require_kind(quality, list, "a quality")) != 3:
             raise ValueError("a quality is not three numbers")
