@@ -169,6 +169,7 @@ def test_it_is_killed_twice_and_ends_as_if_it_was_not(digits_run: Run, tmp_path:
         own = {**os.environ, "TMPDIR": str(tmp_path)}  # where a killed process leaves its temporary run
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=own)
         assert done.returncode == (0 if last == 99 else -9), done.stderr
+    assert not list(tmp_path.glob("trajkit-warmup-*"))  # the next process removes what a killed one left
     found = torch.load(tmp_path / "end.pt", weights_only=False)
     _, cmd = trained(digits_run)
     for mine, expected in zip(found, (cmd.mode, cmd.scale, cmd.offset), strict=True):

@@ -69,6 +69,18 @@ def is_locked(path: Path) -> bool:
         os.close(descriptor)
 
 
+def is_abandoned(path: Path) -> bool:
+    """Whether a process of this machine held the lock and ended without giving it back, as killed ones do.
+
+    The file says who holds it only after that one does: an empty one may be locked at any moment.
+    """
+    try:
+        holder = require_fields(parse(path.read_bytes()), {"process": int, "host": str})
+    except (OSError, ValueError):
+        return False
+    return bool(holder["host"] == platform.node()) and not is_locked(path)
+
+
 def _lock(descriptor: int) -> None:
     """Take the lock at once, or after the instant for which `is_locked` may hold it."""
     for _ in range(3):

@@ -93,10 +93,10 @@ class EmbeddedCMD:
             raise InputError("no weight of the model needs a gradient, expected at least one to train; thaw some")
         self._masks: dict[str, Tensor] = {}
         if mask_gradients:
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    hook = functools.partial(self._mask, name)
-                    parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            tensors = self.online.tensors_of(model)
+            for entry in self._trainable:
+                hook = functools.partial(self._mask, entry.name)
+                tensors[entry.name].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return f"EmbeddedCMD({self.online!r}, {100 * self.share:.1f} % embedded)"
@@ -272,16 +272,16 @@ class EmbeddedCMD:
                     values = kept.base + kept.scale * _like(kept.base, reach)[part.mode[0].to(torch.int64)]
                     here = kept.embedded.view(view.shape)
                     view.copy_(torch.where(here, values.view(view.shape).to(view.dtype), view))
-            self._clear_momentum()
+            self._clear_momentum(tensors)
 
-    def _clear_momentum(self) -> None:
+    def _clear_momentum(self, tensors: Mapping[str, Tensor]) -> None:
         if self._optimizer is None:
             return
-        for name, parameter in self._model.named_parameters():
-            if name in self._masks:
-                for kept in self._optimizer.state.get(parameter, {}).values():
-                    if isinstance(kept, Tensor) and kept.shape == parameter.shape and kept.is_floating_point():
-                        kept.masked_fill_(self._masks[name], 0)
+        for name, mask in self._masks.items():
+            parameter = tensors[name]
+            for kept in self._optimizer.state.get(parameter, {}).values():
+                if isinstance(kept, Tensor) and kept.shape == parameter.shape and kept.is_floating_point():
+                    kept.masked_fill_(mask, 0)
 
     def _mask(self, name: str, parameter: Tensor) -> None:
         if name in self._masks and parameter.grad is not None:

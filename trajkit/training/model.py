@@ -1,8 +1,9 @@
-"""What of a model is recorded: the plain model's own names, whatever it is wrapped in, and those that were chosen."""
+"""The plain model's own names, whatever it is wrapped in, and what of a model is recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +23,32 @@ def plain_model(model: nn.Module) -> nn.Module:
     while (child := _wrapped(model)) or isinstance(model, AveragedModel):
         model = getattr(model, child or "module")
     return model
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Plain name -> parameter, uncopied; tied ones stand under each of their names."""
+    return _plainly_named(model, plain_model(model).named_parameters(remove_duplicate=False))
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Plain name -> buffer, uncopied, also of those that are not in the state_dict."""
+    return _plainly_named(model, plain_model(model).named_buffers(remove_duplicate=False))
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of the plain model whose submodules are not wrapped either; what is tied stays tied."""
+    model = plain_model(model)
+    memo: dict[int, Any] = {}
+    for _, module in reversed(list(model.named_modules())):  # from the inside out
+        if child := _wrapped(module):
+            memo[id(module)] = copy.deepcopy(getattr(module, child), memo)
+    return copy.deepcopy(model, memo)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the first FSDP has taken the parameters for its own, so that they have other names and shapes."""
+    # Not by isinstance: the class takes long to import.
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
 class RecordedModel:
@@ -65,11 +92,8 @@ class RecordedModel:
         """
         seen = _appearance(tensors)
         if self._layout is None or seen is None or self._layout[0] != seen:
-            self._layout = seen, layout_of(tensors, self._parameters())
+            self._layout = seen, layout_of(tensors, parameters_of(self._model))
         return self._layout[1]
-
-    def _parameters(self) -> Collection[str]:
-        return set(_plain_names(self._model, dict(self._model.named_parameters(remove_duplicate=False))).values())
 
     def _is_chosen(self, name: str) -> bool:
         included = not self._include or any(fnmatchcase(name, pattern) for pattern in self._include)
@@ -90,6 +114,11 @@ def _wrapped(module: nn.Module) -> str | None:
         return "module"
     # torch.compile's; the class stands in torch._dynamo, which takes a second to import.
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
+
+
+def _plainly_named(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    tensors = dict(named)
+    return dict(zip(_plain_names(plain_model(model), tensors).values(), tensors.values(), strict=True))
 
 
 def _plain_names(model: nn.Module, names: Collection[str]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,9 +23,10 @@ from ..pipeline import fit
 from ..pipeline.sampling import SampleChoice
 from ..replay import start_of
 from ..run import PathLike
-from ..vector import layout_of, model_tensors
+from ..vector import is_spread
+from .model import RecordedModel, buffers_of, is_sharded, parameters_of, plain_copy
 from .moments import ModelMoments
-from .warmup import Recording, tracked_layout, warm_up
+from .warmup import LateRecording, Recording, tracked_layout, warm_up
 
 Model = nn.Module
 STATE_VERSION = 1
@@ -57,6 +57,9 @@ class OnlineCMD:
     use_buffers: model floating buffers, such as BatchNorm's statistics, as weights are, variances at least 0; else the
         modelled model has the buffers of the trained one.
 
+    A model may come plain or in `DistributedDataParallel`, `DataParallel`, `torch.compile` or `AveragedModel`, and
+    otherwise at the next call. In a distributed training each process keeps its own, all of them the same.
+
     bfloat16, float16 and float64 weights are modelled in float32. Raises `InputError` for settings that cannot be met,
     `LayoutError` naming a tensor that cannot be modelled.
     """
@@ -68,7 +71,7 @@ class OnlineCMD:
         modes: Cut = 10,
         samples: int = 1000,
         seed: int = 0,
-        run: PathLike | Recording | None = None,
+        run: PathLike | Recording | LateRecording | None = None,
         *,
         sampling: Sampling = "balanced",
         reassign: bool = False,
@@ -149,10 +152,11 @@ class OnlineCMD:
         """
         self._require_own_weights()
         self._require_usable()
+        self.end_warm_up()
         tensors = self.tensors_of(model)
         if self._moments is None:
             self._warm_up.add(tensors)
-            if self.n_updates + 1 == self.warmup:
+            if self.n_updates + 1 == self.warmup and not self._warm_up.is_late:
                 self._moments = self._fitted(tensors)
         elif name := self._moments.take(tensors):
             self._broken = f"'{name}' was not finite at update {self.n_updates}"
@@ -162,16 +166,21 @@ class OnlineCMD:
         if self._module is not None:
             self._refresh(self._module)
 
+    def end_warm_up(self) -> None:
+        """Choose the modes, where the last update could not, as its epoch is recorded later (`LateRecording`)."""
+        if self._moments is None and self.n_updates == self.warmup:
+            self._moments = self._fitted(self.tensors_of(self._model))
+
     @property
     def module(self) -> nn.Module:
-        """A second model with the CMD weights, made when first asked for; from then on each update refreshes it.
+        """A second model, plain and not compiled, with the CMD weights, made when first asked for; updates refresh it.
 
         `torch.optim.swa_utils.update_bn(loader, cmd.module)` estimates its BatchNorm statistics anew. An update sets
         them to those of the trained model again.
         """
         if self._module is None:
             self._require_usable()
-            module = copy.deepcopy(self._model)
+            module = plain_copy(self._model)
             self._refresh(module)
             self._module = module
         return self._module
@@ -185,7 +194,7 @@ class OnlineCMD:
         self._require_own_weights()
         self._require_usable()
         tensors = self.tensors_of(model)
-        mine = (tensors if self._moments is not None else {}) | dict(model.named_buffers())
+        mine = (tensors if self._moments is not None else {}) | buffers_of(model)
         before = {name: tensor.detach().clone() for name, tensor in mine.items()}
         self._swapped = True
         try:
@@ -257,13 +266,13 @@ class OnlineCMD:
 
     def tensors_of(self, model: Model) -> dict[str, Tensor]:
         """The tensors that are modelled, by name; raises `LayoutError` where they have changed."""
-        every: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        if self._use_buffers:
-            every |= dict(model.named_buffers())
+        every = parameters_of(model) | (buffers_of(model) if self._use_buffers else {})
         tensors = {}
         for entry in self._tracked.tensors:
             tensor = every.get(entry.name)
-            if tensor is None or tensor.shape != entry.shape:
+            if tensor is None or tensor.shape != entry.shape or is_spread(tensor):
+                with placed("the model"):
+                    _require_whole(model, every)
                 found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
                 raise LayoutError(
                     f"the model: '{entry.name}' is {found}, this online CMD was made for {entry.shape};"
@@ -304,8 +313,8 @@ class OnlineCMD:
     def _refresh(self, module: nn.Module) -> None:
         """Give a copy of the model the CMD weights, and what is not modelled from the model."""
         with torch.no_grad():
-            theirs = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
-            mine = dict(module.named_parameters()) | dict(module.named_buffers())
+            theirs = parameters_of(self._model) | buffers_of(self._model)
+            mine = parameters_of(module) | buffers_of(module)
             modelled = set(self._tracked.names()) if self._moments is not None else set()
             for name, tensor in mine.items():
                 if name not in modelled:
@@ -323,7 +332,19 @@ class OnlineCMD:
 
 
 def _layout(model: Model) -> ParameterLayout:
-    return layout_of(model_tensors(model), dict(model.named_parameters(remove_duplicate=False)))
+    _require_whole(model, parameters_of(model))
+    recorded = RecordedModel(model)
+    return recorded.layout(recorded.tensors())
+
+
+def _require_whole(model: Model, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `LayoutError` for a model of which each process has but a part."""
+    spread = next((name for name, tensor in tensors.items() if is_spread(tensor)), None)
+    if spread is not None or is_sharded(model):
+        raise LayoutError(
+            f"{repr(spread) if spread else 'each tensor'} is spread over processes, by FSDP or the like, expected all"
+            " weights in each of them; record the training, and run 'trajkit online' on its run"
+        )
 
 
 def _start_of_buffer(

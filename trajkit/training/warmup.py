@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 import tempfile
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import blake3
@@ -19,11 +22,20 @@ from torch import Tensor
 from ..errors import InputError
 from ..layout import ParameterLayout, TensorEntry, require_same_layout
 from ..run import PathLike, Run, RunWriter, open_run
-from ..store.format import PROBE
+from ..store.format import LOCKS, PROBE
+from ..store.lock import is_abandoned
 from ..store.pieces import LOOK
 from ..store.probe import draw_probe
+from ..store.writer import WRITER
+from .ranks import this_rank
 
 Tensors = Mapping[str, Tensor]
+
+FOLDER = "trajkit-warmup-"
+"""How temporary folders are called; what follows is random."""
+
+RUN = "run"
+"""The archive in such a folder. Its writer's lock tells whether the process lives."""
 
 
 class Recording(Protocol):
@@ -37,8 +49,19 @@ class Recording(Protocol):
         """Return when every epoch that was recorded is committed."""
 
 
+@dataclass(frozen=True)
+class LateRecording:
+    """A recording that commits an epoch after it was added: when its metrics are known."""
+
+    recording: Recording
+
+
 class WarmUp(Protocol):
     """The epochs so far, of which no more than a piece is in memory."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the last epoch that was added may be missing until more is known of it."""
 
     def add(self, tensors: Tensors) -> None:
         """Take an epoch."""
@@ -56,13 +79,28 @@ class WarmUp(Protocol):
         """The epochs are not needed any more."""
 
 
-def warm_up(layout: ParameterLayout, run: PathLike | Recording | None) -> WarmUp:
-    """Beside a run that the training records, or in a temporary one of one's own."""
-    return OwnRun(layout) if run is None else RecordedRun(layout, run)
+def warm_up(layout: ParameterLayout, run: PathLike | Recording | LateRecording | None) -> WarmUp:
+    """Beside a run that the training records, or in a temporary one of one's own.
+
+    Raises `InputError` for a recorded one in a process that does not record.
+    """
+    if run is None:
+        return OwnRun(layout)
+    if rank := this_rank():
+        raise InputError(
+            f"rank {rank}: online CMD has a run for its warm-up, which rank 0 records and fits; leave run out, so that"
+            " each process keeps its own warm-up, or make online CMD on rank 0 alone"
+        )
+    return RecordedRun(layout, run)
 
 
 class OwnRun:
-    """A temporary run, which is gone with `close`, with this object, or with the process unless that is killed."""
+    """A temporary run, which is gone with `close`, with this object, or with the process.
+
+    What a process that was killed has left is removed when the next one of this user makes a folder.
+    """
+
+    is_late = False
 
     def __init__(self, layout: ParameterLayout) -> None:
         self._layout = layout
@@ -124,8 +162,9 @@ class OwnRun:
 
     def _ready(self) -> RunWriter:
         if self._writer is None:
-            folder = tempfile.mkdtemp(prefix="trajkit-warmup-")
-            self._writer = RunWriter(os.path.join(folder, "run"), fsync=False, nonfinite="record")
+            _sweep()
+            folder = tempfile.mkdtemp(prefix=FOLDER)
+            self._writer = RunWriter(os.path.join(folder, RUN), fsync=False, nonfinite="record")
             self._end = weakref.finalize(self, _remove, self._writer, folder, os.getpid())
         return self._writer
 
@@ -133,9 +172,10 @@ class OwnRun:
 class RecordedRun:
     """The run that the training records: each epoch there, recorded before it is added, is known by its probe."""
 
-    def __init__(self, layout: ParameterLayout, run: PathLike | Recording) -> None:
+    def __init__(self, layout: ParameterLayout, run: PathLike | Recording | LateRecording) -> None:
         self._layout = layout
-        self._recording = run
+        self.is_late = isinstance(run, LateRecording)
+        self._recording = run.recording if isinstance(run, LateRecording) else run
         self._probe = draw_probe(layout)
         self._prints: list[str] = []
 
@@ -241,3 +281,13 @@ def _remove(writer: RunWriter, folder: str, process: int) -> None:
     if os.getpid() == process:  # a forked child has a copy of this object, not the run
         writer.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Remove the temporary folders of this user's killed processes."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError):  # whatever it is, nobody waits for it
+            found = folder.lstat()
+            mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+            if mine and is_abandoned(folder / RUN / LOCKS / WRITER):
+                shutil.rmtree(folder, ignore_errors=True)
