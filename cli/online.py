@@ -29,7 +29,9 @@ from .output import progress
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling.")
 @references_option
 @weighting_option
-@click.option("--reassign", is_flag=True, help="A weight's mode is its best reference so far, not the warm-up's.")
+@click.option(
+    "--reassign", is_flag=True, help="A weight's mode is the better one so far of its two best in the warm-up."
+)
 @click.option("--name", help="Of the fit in the run.  [default: online10 or the like]")
 @click.option(
     "--memory", metavar="BYTES", help="What the fit may use, such as 2GiB.  [default: a quarter of what is free]"
@@ -80,7 +82,7 @@ def online(
             references=references,  # type: ignore[arg-type]
             weighting=weighting,  # type: ignore[arg-type]
             online=True,
-            updatable=reassign,
+            reassign=reassign,
             memory=memory,
         )
     echo_fit(run, fitted, modes, time.perf_counter() - began, as_json)

@@ -94,7 +94,7 @@ def test_online_is_what_an_updated_fit_is(digits_run: Run) -> None:
     fit(digits_run, epochs=range(WARMUP), name="growing", updatable=True)
     updated = update(digits_run, "growing")
     weights = digits_run.weights[:]
-    _, cmd = trained(digits_run, reassign=True)
+    _, cmd = trained(digits_run, reassign=10)
     np.testing.assert_array_equal(cmd.mode, updated.mode)
     found, expected = (cmd.scale, cmd.offset), (updated.scale, updated.offset)
     assert_equal_fits(weights, updated.reference_index, cmd.mode, found, expected)
@@ -107,12 +107,40 @@ def test_online_is_what_an_updated_fit_is(digits_run: Run) -> None:
     np.testing.assert_allclose(fixed.scale[same], cmd.scale[same], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("reassign", [False, True])
-def test_a_replay_of_the_run_is_online_cmd_to_the_bit(reassign: bool, digits_run: Run) -> None:
-    replayed = fit(digits_run, epochs=range(WARMUP), online=True, updatable=reassign)
-    assert replayed.name == "online10"
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"reassign": True},
+    {"reassign": 10, "references": "centroid"},
+    {"references": "principal"},
+]
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_online_references_of_many_weights_are_a_fit_of_all_epochs(settings: dict[str, Any], digits_run: Run) -> None:
+    _, cmd = trained(digits_run, **settings)
+    early = fit(digits_run, epochs=range(WARMUP), online=True, **settings)
+    r = early.functional.values(digits_run.columns(early.functional.index, digits_run.rows_of(None))).astype(np.float64)
+    w = digits_run.weights[:].astype(np.float64)
+    r, w = r - r.mean(0), w - w.mean(0)
+    scale = (w * r[:, cmd.mode]).sum(0) / (r**2).sum(0)[cmd.mode]
+    moving = np.ptp(digits_run.weights[:], axis=0) > 0
+    assert moving.mean() > 0.9
+    error = (np.abs(cmd.scale - scale) * r.std(0)[cmd.mode])[moving] / w.std(0)[moving]
+    assert error.max() < 1e-5
+    assert np.all(cmd.scale[~moving] == 0)
+    if settings.get("reassign") == 10:
+        best = np.abs(r.T @ w / np.linalg.norm(r, axis=0)[:, None]).argmax(0)
+        np.testing.assert_array_equal(cmd.mode[moving], best[moving])
+    elif not settings.get("reassign"):
+        np.testing.assert_array_equal(cmd.mode, early.mode)
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_a_replay_of_the_run_is_online_cmd_to_the_bit(settings: dict[str, Any], digits_run: Run) -> None:
+    replayed = fit(digits_run, epochs=range(WARMUP), online=True, **settings)
+    assert replayed.name == "-".join(["online", *filter(None, [settings.get("references")])]) + "10"
     model, every = digits_cnn(), list(range(EPOCHS))
-    cmd = OnlineCMD(model, WARMUP, reassign=reassign)
+    cmd = OnlineCMD(model, WARMUP, **settings)
     together = replayed.modelled(every)
     for epoch, vector in zip(training(digits_run, model), replayed.one_by_one(every), strict=True):
         cmd.update_parameters(model)
@@ -124,20 +152,20 @@ def test_a_replay_of_the_run_is_online_cmd_to_the_bit(reassign: bool, digits_run
 
 
 @pytest.mark.parametrize("stop", [1, 7, 19, 20, 21, 33])
-@pytest.mark.parametrize("reassign", [False, True])
+@pytest.mark.parametrize("settings", KINDS)
 def test_a_training_that_was_killed_goes_on_to_the_same_bits(
-    stop: int, reassign: bool, digits_run: Run, tmp_path: Path
+    stop: int, settings: dict[str, Any], digits_run: Run, tmp_path: Path
 ) -> None:
-    _, first = trained(digits_run, range(stop), reassign=reassign)
+    _, first = trained(digits_run, range(stop), **settings)
     torch.save(first.state_dict(), tmp_path / "state.pt")
     del first
     model = digits_cnn()
-    resumed = OnlineCMD(model, WARMUP, reassign=reassign)
+    resumed = OnlineCMD(model, WARMUP, **settings)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
     assert resumed.n_updates == stop
     for _ in training(digits_run, model, range(stop, EPOCHS)):
         resumed.update_parameters(model)
-    through_model, through = trained(digits_run, reassign=reassign)
+    through_model, through = trained(digits_run, **settings)
     np.testing.assert_array_equal(resumed.mode, through.mode)
     np.testing.assert_array_equal(resumed.scale, through.scale)
     np.testing.assert_array_equal(resumed.offset, through.offset)
@@ -275,8 +303,8 @@ class Awkward(nn.Module):
         self.empty = nn.Parameter(torch.empty(0, 3))
 
 
-@pytest.mark.parametrize("reassign", [False, True])
-def test_every_kind_of_weight_is_modelled(reassign: bool) -> None:
+@pytest.mark.parametrize("reassign", [False, 3])
+def test_every_kind_of_weight_is_modelled(reassign: bool | int) -> None:
     torch.manual_seed(0)
     model = Awkward()
     cmd = OnlineCMD(model, warmup=10, modes=3, reassign=reassign)
@@ -358,11 +386,16 @@ def _saved(state: dict[str, Any]) -> str:
     return path
 
 
-def test_what_is_kept_is_at_most_three_floats_a_weight(digits_run: Run) -> None:
-    _, cmd = trained(digits_run, range(21))
+@pytest.mark.parametrize(
+    ("settings", "n_bytes"), [({}, 11), ({"reassign": True}, 16), ({"references": "centroid"}, 11)]
+)
+def test_what_is_kept_is_at_most_three_floats_a_weight_or_four(
+    settings: dict[str, Any], n_bytes: int, digits_run: Run
+) -> None:
+    _, cmd = trained(digits_run, range(21), **settings)
     shelves = cmd.state_dict()["moments"]["shelves"]
     taken = sum(tensor.nbytes for shelf in shelves for tensor in shelf.values() if isinstance(tensor, Tensor))
-    assert taken == 11 * digits_run.layout.n_weights
+    assert taken == n_bytes * digits_run.layout.n_weights
 
 
 def test_the_temporary_run_is_gone_when_the_warm_up_ends_and_with_the_object(digits_run: Run, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class OnlineDecomposition(Decomposition):
     def one_by_one(self, epochs: Iterable[int]) -> Iterator[NDArray[np.float32]]:
         """(N,) modelled weights at rising recorded epochs, in one pass; the memory is used again for the next ones.
 
-        Beside these it holds 11 to 12 bytes a weight, 4·M + 6 of a fit whose modes may change.
+        Beside these it holds 6 bytes a weight, and 5 a candidate.
         """
         rows = [self.run.row_of(epoch) for epoch in epochs]
         n = self.run.layout.n_weights
@@ -133,17 +133,21 @@ class OnlineDecomposition(Decomposition):
 def start_of(fit: Decomposition, moments: ReferenceMoments, piece: slice) -> RunningBlock:
     """What online CMD keeps of some weights when the warm-up ends, from the warm-up's fit.
 
-    The modes are fixed; of a fit that can be updated they may change.
+    Of a fit with several candidates the modes may change.
     """
-    read = fit.stored.read
+    read, candidates = fit.stored.read, candidates_of(fit)
     mean = read("mean", piece.start, piece.stop)
-    if not fit.stored.shape.updatable:
+    if candidates == 1:
         return RunningBlock.of_fit(
             moments, read("mode", piece.start, piece.stop), read("scale", piece.start, piece.stop), mean
         )
-    return RunningBlock.of_updatable(
-        moments, read("correlations", piece.start, piece.stop), read("variation", piece.start, piece.stop), mean
-    )
+    correlations, variation = (read(name, piece.start, piece.stop) for name in ("correlations", "variation"))
+    return RunningBlock.of_correlations(moments, correlations, variation, mean, candidates)
+
+
+def candidates_of(fit: Decomposition) -> int:
+    """Among how many references a weight's mode is chosen after the warm-up."""
+    return int(fit.settings.get("reassign", 1))
 
 
 def _grid(start: int, stop: int, width: int) -> list[slice]:

@@ -24,6 +24,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InputError
 from .affine import References
 
 TILE = 512
@@ -156,6 +157,17 @@ class RunningBlock:
         """(n,) means over the epochs so far."""
         mean = self.mean.astype(np.float64)
         return mean + self.rest * (mean * np.float64(UNIT))
+
+
+def checked_candidates(reassign: bool | int) -> int:
+    """How many candidates a weight has: 1 without re-assignment, 2 or a number with it; raises `InputError`."""
+    if isinstance(reassign, bool):
+        return 2 if reassign else 1
+    if not hasattr(reassign, "__index__") or reassign < 1:
+        raise InputError(
+            f"reassign is {reassign!r}, expected True, or a number of references to choose among; use True"
+        )
+    return int(reassign)
 
 
 def mode_dtype(n_modes: int) -> type[np.unsignedinteger[Any]]:

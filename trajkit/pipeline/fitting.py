@@ -23,6 +23,7 @@ from ..kernels.affine import References
 from ..kernels.clustering import Cut, DistanceCut, checked_cut, clustering_bytes
 from ..kernels.functionals import Functional
 from ..kernels.lines import Kind, ReferenceChoice, Weighting
+from ..kernels.running import checked_candidates
 from ..kernels.sampling import Sampling
 from ..run import PathLike, Run, open_run
 from ..store.fits import FitShape, FitWriter
@@ -58,6 +59,7 @@ def fit(
     weighting: Weighting | None = None,
     updatable: bool = False,
     online: bool = False,
+    reassign: bool | int = False,
     memory: int | str | None = None,
     scheduler: Choice | Scheduler = None,
     device: str = "cpu",
@@ -88,7 +90,9 @@ def fit(
         that what is minimised is the error of the weights.
     updatable: keep 4·M + 8 bytes a weight more, so that `update` need not read the old epochs.
     online: take the epochs for the warm-up of online CMD: the weights modelled at a later epoch follow from all epochs
-        up to that one, with the references of the warm-up, and its modes unless the fit is `updatable`.
+        up to that one, with the references of the warm-up.
+    reassign: online, a weight's mode is the one of its two best references of the warm-up that it correlates with most
+        so far, or of so many; instead of the best one of the warm-up. That keeps what `updatable` does.
     memory: bytes, or a text such as ``"2GiB"``, that the work may use beyond what the process has in use; a quarter of
         what is free by default. On a cluster, of each worker process; half of its limit by default.
     scheduler: ``"threads"`` (as many as cores, or dask's setting ``num_workers``), ``"synchronous"`` (a single one),
@@ -108,8 +112,13 @@ def fit(
     choice, wanted = SampleChoice(samples, sampling, seed, sample_index), ReferenceChoice(references, weighting)
     cut = vars(modes) if isinstance(modes, DistanceCut) else modes
     settings = {"modes": cut, **choice.settings, **wanted.settings}
+    candidates = checked_candidates(reassign)
     if online:
         settings["online"] = True
+    if candidates > 1:
+        if not online:
+            raise InputError("reassign is for online fits, others choose the best mode anyway; leave it out")
+        settings["reassign"], updatable = candidates, True
     with scheduler_of(scheduler) as chosen_scheduler:
         resources = Resources(chosen_scheduler, bytes_of(memory), device)
         n_samples = choice.count(run)

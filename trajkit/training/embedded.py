@@ -238,7 +238,7 @@ class EmbeddedCMD:
     def _never(self, shelf: Shelf) -> NDArray[np.bool_]:
         """(n,) which weights of a shelf are never embedded: references, and those without a gradient at the start."""
         never = np.ones(shelf.mean.numel(), np.bool_)
-        index = self.online.reference_index
+        index = self.online.moments.functional.index
         for entry in self._trainable:
             if (start := shelf.starts.get(entry.name)) is not None:
                 never[start : start + entry.size] = False

@@ -16,12 +16,13 @@ from ..errors import InputError, LayoutError, placed
 from ..kernels.affine import References
 from ..kernels.clustering import Cut, DistanceCut, checked_cut
 from ..kernels.fused import fit_block_fused
-from ..kernels.running import ReferenceMoments, RunningBlock
+from ..kernels.lines import Kind, ReferenceChoice, Weighting
+from ..kernels.running import ReferenceMoments, RunningBlock, checked_candidates
 from ..kernels.sampling import Sampling
 from ..layout import ParameterLayout, TensorEntry
 from ..pipeline import fit
 from ..pipeline.sampling import SampleChoice
-from ..replay import start_of
+from ..replay import candidates_of, start_of
 from ..run import PathLike
 from ..vector import is_spread
 from .model import RecordedModel, buffers_of, is_sharded, parameters_of, plain_copy
@@ -29,7 +30,7 @@ from .moments import ModelMoments
 from .warmup import LateRecording, Recording, tracked_layout, warm_up
 
 Model = nn.Module
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class OnlineCMD:
@@ -52,8 +53,11 @@ class OnlineCMD:
     run: where the training is recorded, a `Recorder` or a path: the warm-up is read there, and its fit is saved there
         as ``online10`` or the like. Each epoch has to be recorded before its update, and committed where a path is
         given. Without, the warm-up is kept in a temporary folder (TMPDIR), 4 bytes a weight and epoch, until it ends.
-    reassign: a weight's mode is the reference with the largest correlation so far, instead of the warm-up's; that takes
-        4·M + 6 bytes a weight, instead of 11.
+    references, weighting: as for `trajkit.fit`: what a mode's weights are fitted to. A single weight brings its noise
+        at the last epoch into all of them; ``"centroid"`` and ``"principal"`` average it out.
+    reassign: of the two references with which a weight correlated most in the warm-up, its mode is the one with the
+        larger correlation so far; a number chooses among so many. It takes 6 bytes a weight and 5 a candidate: 16
+        instead of 11.
     use_buffers: model floating buffers, such as BatchNorm's statistics, as weights are, variances at least 0; else the
         modelled model has the buffers of the trained one.
 
@@ -74,14 +78,20 @@ class OnlineCMD:
         run: PathLike | Recording | LateRecording | None = None,
         *,
         sampling: Sampling = "balanced",
-        reassign: bool = False,
+        references: Kind = "weight",
+        weighting: Weighting | None = None,
+        reassign: bool | int = False,
         use_buffers: bool = False,
     ) -> None:
         if isinstance(warmup, bool) or not hasattr(warmup, "__index__") or warmup < 2:
             raise InputError(f"warmup is {warmup!r}, expected an integer of at least 2; use 20")
         self.warmup = int(warmup)
-        self._choices = {"modes": checked_cut(modes, "modes"), **SampleChoice(samples, sampling, seed).settings}
-        self._reassign = bool(reassign)
+        self._choices = {
+            "modes": checked_cut(modes, "modes"),
+            **SampleChoice(samples, sampling, seed).settings,
+            **ReferenceChoice(references, weighting).settings,
+            "reassign": checked_candidates(reassign),
+        }
         self._use_buffers = bool(use_buffers)
         with placed("the model"):
             self._layout = _layout(model)
@@ -122,12 +132,16 @@ class OnlineCMD:
     @property
     def n_modes(self) -> int:
         """M; may be fewer than asked for where the sample has fewer clusters. Raises `InputError` before."""
-        return int(self.moments.index.size)
+        return self.moments.functional.n_modes
 
     @property
     def reference_index(self) -> NDArray[np.int64]:
-        """(M,) which weights of the flat vector the references are."""
-        return self.moments.index
+        """(M,) which weights of the flat vector the references are; raises `InputError` where they are made of many."""
+        if not self.moments.functional.is_weights:
+            raise InputError(
+                "each reference is made of many weights, expected single ones; `moments.functional` names them"
+            )
+        return self.moments.functional.index
 
     @property
     def mode(self) -> NDArray[np.uint16]:
@@ -228,11 +242,10 @@ class OnlineCMD:
             raise InputError("this is no state of OnlineCMD, expected what its state_dict() gave; load that one")
         if state_dict["layout"] != self._layout.digest:
             raise LayoutError("the state is of a model with other tensors, expected this one's; load the state of it")
-        for name, found in state_dict["settings"].items():
-            if found != self._settings[name]:
-                raise InputError(
-                    f"the state was taken with {name}={found!r}, this has {self._settings[name]!r}; make it the same"
-                )
+        for name in sorted(state_dict["settings"] | self._settings):
+            found, mine = state_dict["settings"].get(name), self._settings.get(name)
+            if found != mine:
+                raise InputError(f"the state was taken with {name}={found!r}, this has {mine!r}; make it the same")
         if "warm_up" in state_dict:
             self._warm_up.load(state_dict["warm_up"])
             self._moments = None
@@ -252,7 +265,6 @@ class OnlineCMD:
             **self._choices,
             "modes": f"1/{cut.divisor:g}" if isinstance(cut, DistanceCut) else cut,
             "warmup": self.warmup,
-            "reassign": self._reassign,
             "use_buffers": self._use_buffers,
         }
 
@@ -286,7 +298,7 @@ class OnlineCMD:
     def _fitted(self, tensors: Mapping[str, Tensor]) -> ModelMoments:
         """Steps 1 to 3 on the warm-up, which is not needed any more then."""
         run, epochs = self._warm_up.whole()
-        fitted = fit(run, **self._choices, epochs=epochs, online=True, updatable=self._reassign, scheduler="threads")
+        fitted = fit(run, **self._choices, epochs=epochs, online=True, scheduler="threads")
         references = References(fitted.reference)
         moments = ReferenceMoments.of(references)
 
@@ -296,7 +308,7 @@ class OnlineCMD:
                 return start_of(fitted, moments, slice(start + columns.start, start + columns.stop))
             return _start_of_buffer(fitted, references, moments, entry, columns)
 
-        started = ModelMoments.of(self._tracked.tensors, tensors, fitted.reference_index, moments, source)
+        started = ModelMoments.of(self._tracked.tensors, tensors, fitted.functional, moments, source)
         self._warm_up.close()
         return started
 
@@ -352,8 +364,8 @@ def _start_of_buffer(
 ) -> RunningBlock:
     """What is kept of a buffer when the warm-up ends: it is fitted to the references as weights are."""
     values = fitted.run.trajectory(entry.name, fitted.epochs).reshape(len(fitted.epochs), -1)[:, columns]
-    every = fitted.stored.shape.updatable
-    found = fit_block_fused(values.astype(np.float32), references, every=every)
+    candidates = candidates_of(fitted)
+    found = fit_block_fused(values.astype(np.float32), references, every=candidates > 1)
     if found.correlations is not None:
-        return RunningBlock.of_updatable(moments, found.correlations, found.variation, found.mean)
+        return RunningBlock.of_correlations(moments, found.correlations, found.variation, found.mean, candidates)
     return RunningBlock.of_fit(moments, found.mode, found.scale, found.mean)

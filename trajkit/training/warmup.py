@@ -27,6 +27,7 @@ from ..store.lock import is_abandoned
 from ..store.pieces import LOOK
 from ..store.probe import draw_probe
 from ..store.writer import WRITER
+from .members import Members
 from .ranks import this_rank
 
 Tensors = Mapping[str, Tensor]
@@ -176,7 +177,7 @@ class RecordedRun:
         self._layout = layout
         self.is_late = isinstance(run, LateRecording)
         self._recording = run.recording if isinstance(run, LateRecording) else run
-        self._probe = draw_probe(layout)
+        self._probe = Members(layout.weights, draw_probe(layout))
         self._prints: list[str] = []
 
     @property
@@ -186,7 +187,7 @@ class RecordedRun:
 
     def add(self, tensors: Tensors) -> None:
         """See `WarmUp`."""
-        self._prints.append(_print(_probe_values(self._layout, tensors, self._probe)))
+        self._prints.append(_print(self._probe.values(tensors)))
 
     def whole(self) -> tuple[Run, list[int]]:
         """See `WarmUp`; raises `InputError` for an epoch that was not recorded."""
@@ -256,17 +257,6 @@ def tracked_layout(layout: ParameterLayout, use_buffers: bool) -> ParameterLayou
 def is_tracked(entry: TensorEntry, use_buffers: bool) -> bool:
     """Whether online CMD models a tensor."""
     return entry.kind == "weight" or (use_buffers and "float" in entry.dtype)
-
-
-def _probe_values(layout: ParameterLayout, tensors: Tensors, index: NDArray[np.int64]) -> NDArray[np.float32]:
-    values = []
-    for entry in layout.weights:
-        first, last = np.searchsorted(index, [entry.offset, entry.stop])
-        if first < last:
-            tensor = tensors[entry.name].detach()
-            places = torch.from_numpy(index[first:last] - entry.offset).to(tensor.device)
-            values.append(tensor.take(places).to("cpu", torch.float32).numpy())
-    return np.concatenate(values)
 
 
 def _recorded_probe(run: Run, row: int) -> NDArray[np.float32]:
