@@ -36,7 +36,7 @@ shutil.rmtree(fitted.run.path / "fits/benchmark")
 
 CLUSTER = """
 import numpy as np
-from trajkit.kernels.clustering import choose_references, cluster, clustering_bytes
+from trajkit.kernels.clustering import choose_references, cluster, cluster_tree, clustering_bytes
 from trajkit.kernels.correlation import correlation_magnitude
 k = int(sys.argv[1])
 rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ trajectories = walks[:, rng.integers(5, size=k)] * rng.normal(size=k) + 0.3 * rn
 before = peak()
 began = time.perf_counter()
 magnitude = correlation_magnitude(trajectories)
-choose_references(magnitude, cluster(magnitude, 10))
+choose_references(magnitude, cluster(cluster_tree(magnitude), 10))
 found = {"seconds": time.perf_counter() - began, "peak": peak(), "above": peak() - before}
 print(json.dumps(found | {"planned": clustering_bytes(k)}))
 """

@@ -19,6 +19,7 @@ from trajkit.kernels.clustering import (
     DistanceCut,
     choose_references,
     cluster,
+    cluster_tree,
     clustering_bytes,
     row_distances,
 )
@@ -254,7 +255,7 @@ def test_equal_rows_have_distance_zero_across_blocks() -> None:
 def test_references_are_the_oracles(cut: int | float) -> None:
     trajectories = correlated(30, 400, noise=1.0)
     magnitude = np.abs(correlation_matrix(trajectories))
-    labels = cluster(magnitude, cut if isinstance(cut, int) else DistanceCut(cut))
+    labels = cluster(cluster_tree(magnitude), cut if isinstance(cut, int) else DistanceCut(cut))
     sizes = np.bincount(labels)
     assert (np.diff(sizes) <= 0).all()
     expected = oracle.step1(trajectories, np.arange(400), cut)
@@ -265,15 +266,15 @@ def test_equal_directions_are_one_cluster_whatever_rounding_says() -> None:
     walks = np.random.default_rng(0).normal(size=(20, 3)).cumsum(axis=0)
     scales = np.random.default_rng(1).normal(size=60)
     magnitude = np.abs(correlation_matrix(walks[:, np.arange(60) % 3] * scales))
-    labels = cluster(magnitude, 10)
+    labels = cluster(cluster_tree(magnitude), 10)
     assert np.bincount(labels).tolist() == [20, 20, 20]
 
 
 def test_fewer_clusters_than_modes() -> None:
     walk = np.random.default_rng(0).normal(size=(20, 2)).cumsum(axis=0)
     magnitude = np.abs(correlation_matrix(np.repeat(walk, 5, axis=1)))
-    assert len(np.unique(cluster(magnitude, 2))) == 2
-    assert cluster(np.ones((1, 1)), 10).tolist() == [0]
+    assert len(np.unique(cluster(cluster_tree(magnitude), 2))) == 2
+    assert cluster(cluster_tree(np.ones((1, 1))), 10).tolist() == [0]
 
 
 @pytest.mark.parametrize("backend", [read_only, fortran_ordered])
@@ -304,7 +305,7 @@ def test_step_1_stays_below_its_estimate_of_memory() -> None:
 
     def step_1() -> None:
         magnitude = correlation_magnitude(trajectories)
-        choose_references(magnitude, cluster(magnitude, 10))
+        choose_references(magnitude, cluster(cluster_tree(magnitude), 10))
 
     peak = traced_peak(step_1)
     copy_in_linkage = 4 * k * k  # is C's, and not traced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .errors import DamagedRunError, InputError
 from .kernels.affine import References
+from .kernels.curve import Curve
 from .kernels.functionals import Functional
 from .kernels.model import model
 from .store.fits import StoredFit
@@ -23,16 +25,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quality:
-    """How much of a group of weights' motion a fit gives back. Sums over weights of Σ(w - mean)² over the epochs."""
+    """How much of a group of weights' motion a fit gives back, from sums over these weights."""
 
     weights: int
     variation: float
+    """Σ(w - mean)² over the epochs"""
     explained: float
+    """what of it is modelled"""
+    last_motion: float | None = None
+    """Σ(w - mean)² at the last epoch; None in fits of older versions"""
+    last_residual: float | None = None
+    """Σ(w - modelled)² at the last epoch"""
 
     @property
     def variance_explained(self) -> float:
         """Share of the variation, in [0, 1]; 1 where nothing moves."""
         return self.explained / self.variation if self.variation > 0 else 1.0
+
+    @property
+    def last_epoch_error(self) -> float | None:
+        """‖w - modelled‖ / ‖w - mean‖ at the last epoch; 0 where the weights are at their means, and the model too.
+
+        Relative to how far the weights are from their means over the epochs, so that modelling each by its mean would
+        give 1. Relative to the weights themselves, most of which hardly move, it would be small for any model. None in
+        fits of older versions.
+        """
+        if self.last_motion is None or self.last_residual is None:
+            return None
+        if self.last_motion > 0:
+            return math.sqrt(self.last_residual / self.last_motion)
+        return 0.0 if self.last_residual == 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -132,8 +154,8 @@ class Decomposition:
     @cached_property
     def quality(self) -> Quality:
         """Quality over all weights."""
-        parts = self.quality_by_mode
-        return Quality(*(sum(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+        parts = self.stored.attributes["modes"]
+        return Quality(*(sum(column) for column in zip(*parts, strict=True)))
 
     @cached_property
     def quality_by_tensor(self) -> dict[str, Quality]:
@@ -144,6 +166,38 @@ class Decomposition:
     def quality_by_mode(self) -> tuple[Quality, ...]:
         """Quality of each mode's weights; the sizes of the modes stand here too."""
         return tuple(Quality(*values) for values in self.stored.attributes["modes"])
+
+    @property
+    def pca(self) -> tuple[float, ...]:
+        """Shares of the variance that principal component analysis explains over these epochs, by the run's probe.
+
+        By one component, which takes two numbers a weight with the mean, as a and b; and by two. Empty in fits of older
+        versions.
+        """
+        return tuple(self.stored.attributes.get("pca", ()))
+
+    @property
+    def curve(self) -> Curve:
+        """Numbers of modes that were tried, and the variance explained of held-out weights, by which M was chosen.
+
+        Empty where M was given.
+        """
+        return tuple((n_modes, score) for n_modes, score in self.stored.attributes.get("curve", ()))
+
+    @property
+    def storage_ratio(self) -> float:
+        """Bytes of a and b in float32, modes in 2 bytes and the references' trajectories, over those of the weights at
+        all fitted epochs in float32.
+
+        What the fit takes on the disk, correlations and means in float64 among it, is `size_bytes`.
+        """
+        n, n_epochs = self.stored.shape.n_weights, len(self.epochs)
+        return (10 * n + 4 * n_epochs * self.n_modes) / (4 * n_epochs * n)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk."""
+        return self.stored.size_bytes
 
     @cached_property
     def _references(self) -> References:

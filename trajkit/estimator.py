@@ -12,8 +12,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .errors import InputError
 from .kernels.affine import References
-from .kernels.clustering import Cut, checked_cut, choose_references, cluster
-from .kernels.correlation import correlation_magnitude
+from .kernels.clustering import Cut, checked_cut
+from .kernels.curve import Curve, Sample, Trial
 from .kernels.fused import fit_block_fused
 from .kernels.lines import Candidates, ReferenceChoice
 from .kernels.sampling import checked_sample, draw_by_variance
@@ -30,8 +30,9 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     Parameters
     ----------
-    n_modes : int or DistanceCut, default 10
-        M, the largest number of modes, or a cut of the cluster tree.
+    n_modes : int, DistanceCut, "auto" or a share such as "95%", default 10
+        M, the largest number of modes, or a cut of the cluster tree; "auto" or a share chooses M by what it explains of
+        weights that are held out. See `trajkit.fit`.
     n_samples : int, default 1000
         K, how many weights the clusters are found on; all if there are fewer.
     sampling : {"uniform", "variance"}, default "uniform"
@@ -54,6 +55,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     references_ : (E, M) reference trajectories
     reference_indices_ : (M,) which rows of X they are, where each is a single weight
     functional_ : how their values follow from those of single weights, by index, mode, coefficient and origin
+    curve_ : pairs of M and the variance explained of held-out weights, by which M was chosen; empty where it was given
     sample_indices_ : (K,) rows of X that the clusters were found on
     """
 
@@ -82,14 +84,16 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         cut = checked_cut(self.n_modes, "n_modes")
         choice = ReferenceChoice(self.references, self.weighting)  # type: ignore[arg-type]
         self.sample_indices_ = self._sample(values)
-        sampled = values[self.sample_indices_].T
-        magnitude = correlation_magnitude(sampled)
-        chosen = choose_references(magnitude, cluster(magnitude, cut))
+        sampled, candidates = Sample(self.sample_indices_, values[self.sample_indices_].T), _candidates(values)
+        self.curve_: Curve = ()
+        if isinstance(cut, str):
+            cut, self.curve_ = Trial.of(sampled, candidates, np.array([0, len(values)]), choice).choose(cut)
+        chosen = sampled.references(cut)
         weights = self.sample_indices_[chosen]
         self.__dict__.pop("reference_indices_", None)
         if choice.kind == "weight":
             self.reference_indices_ = weights
-        self.functional_ = choice.refined(weights, sampled[:, chosen], _candidates(values))
+        self.functional_ = choice.refined(weights, sampled.trajectories[:, chosen], candidates)
         self.references_ = self.functional_.values(values[self.functional_.index].T)
         fitted = fit_block_fused(values.T, References(self.references_))
         self.labels_ = fitted.mode.astype(np.int64)

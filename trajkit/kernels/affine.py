@@ -49,6 +49,11 @@ class References:
         origin = self.trajectories[:1].astype(np.float64)
         return np.asarray((self.trajectories - origin).mean(axis=0) + origin[0])
 
+    @cached_property
+    def last(self) -> NDArray[np.float64]:
+        """(M,) value at the last epoch, less the mean."""
+        return np.asarray(self.trajectories[-1] - self.mean)
+
     def offset(
         self, mode: NDArray[np.integer], scale: NDArray[np.floating], mean: NDArray[np.float64]
     ) -> NDArray[np.float64]:

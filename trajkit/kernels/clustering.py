@@ -5,7 +5,9 @@ Source: Brokman et al. 2024, section 3.1: complete linkage on the Euclidean dist
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,8 @@ class DistanceCut:
     divisor: float
 
 
-Cut = int | DistanceCut
+Cut = int | DistanceCut | str
+"""M; a distance; or, see `curve`, ``"auto"``, or a share of the variance that is to be explained, such as ``"95%"``."""
 
 MAX_MODES = 65535
 BLOCK_ROWS = 256
@@ -29,15 +32,30 @@ SPARE_BYTES = 16 << 20
 
 
 def checked_cut(cut: Cut, what: str) -> Cut:
-    """`cut` as a plain integer or a `DistanceCut` of a float; raises `InputError` naming `what` it was given as."""
+    """`cut` as a plain integer, a `DistanceCut` of a float, or ``"auto"`` or the like in its shortest spelling.
+
+    Raises `InputError` naming `what` it was given as.
+    """
     if isinstance(cut, DistanceCut):
         divisor = float(cut.divisor)
         if not 0 < divisor < np.inf:
             raise InputError(f"the divisor of the distance cut is {divisor:g}, expected more than 0; use 2 to 10")
         return DistanceCut(divisor)
+    if cut == "auto":
+        return "auto"
+    if isinstance(cut, str) and (share := re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]{1,6})?) ?%", cut)) and float(share[1]):
+        return f"{float(share[1]):.8g}%"
     if isinstance(cut, bool) or not hasattr(cut, "__index__") or not 1 <= int(cut) <= MAX_MODES:
-        raise InputError(f"{what} is {cut!r}, expected an integer from 1 to {MAX_MODES}; use 10")
+        raise InputError(
+            f"{what} is {cut!r}, expected an integer from 1 to {MAX_MODES}, 'auto', or a share of the variance below"
+            " 100 % such as '95%'; use 10"
+        )
     return int(cut)
+
+
+def setting_of(cut: Cut) -> Any:
+    """A checked cut as a fit keeps it."""
+    return vars(cut) if isinstance(cut, DistanceCut) else cut
 
 
 def row_distances(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -66,15 +84,22 @@ def row_distances(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return condensed
 
 
-def cluster(magnitude: NDArray[np.float64], cut: Cut) -> NDArray[np.int64]:
-    """Cluster label of each sample, (K,), from their (K, K) matrix of |correlations|.
+def cluster_tree(magnitude: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(K - 1, 4) the merges of complete linkage of K samples, from their (K, K) matrix of |correlations|."""
+    if len(magnitude) == 1:
+        return np.empty((0, 4))
+    tree: NDArray[np.float64] = linkage(row_distances(magnitude), method="complete")
+    return tree
+
+
+def cluster(tree: NDArray[np.float64], cut: int | DistanceCut) -> NDArray[np.int64]:
+    """Cluster label of each sample, (K,), from their tree.
 
     `cut` is the largest number of clusters, or a `DistanceCut`. Labels rise from 0 by falling size of the cluster, and
     by its first member where sizes are equal. There may be fewer clusters than asked for.
     """
-    if len(magnitude) == 1:
+    if not len(tree):
         return np.zeros(1, dtype=np.int64)
-    tree = linkage(row_distances(magnitude), method="complete")
     if isinstance(cut, DistanceCut):
         found = fcluster(tree, t=tree[-1, 2] / cut.divisor, criterion="distance")
     else:
@@ -89,8 +114,8 @@ def cluster(magnitude: NDArray[np.float64], cut: Cut) -> NDArray[np.int64]:
 def clustering_bytes(k: int) -> int:
     """Upper estimate of the peak bytes of Step 1 on K samples, beyond their (E, K) trajectories, for E ≤ K.
 
-    Step 1 is `correlation_magnitude`, `cluster` and `choose_references`. It peaks in scipy's linkage, which copies the
-    condensed distances: about 16·K² bytes, 1.65 GB for K = 10,000.
+    Step 1 is `correlation_magnitude`, `cluster_tree`, `cluster` and `choose_references`. It peaks in scipy's linkage,
+    which copies the condensed distances: about 16·K² bytes, 1.65 GB for K = 10,000.
     """
     magnitude = 8 * k * k
     condensed = 4 * k * (k - 1)

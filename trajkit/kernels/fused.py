@@ -116,16 +116,36 @@ def _fit(
                 correlations[m, start + t] = min(max(sums[m, t] / length, -1.0), 1.0) if length > 0 else 0.0
 
 
+N_TOTALS = 5
+"""How many, the variation, what of it is explained; Σ(w - mean)² at the last epoch, and of what is missing there."""
+
+
 @numba.njit(nogil=True, cache=True)
 def add_quality(
-    group: NDArray[np.integer[Any]],
-    variation: NDArray[np.float64],
+    mode: NDArray[np.uint16],
+    scale: NDArray[np.floating[Any]],
+    mean: NDArray[np.float64],
     correlation: NDArray[np.floating[Any]],
-    totals: NDArray[np.float64],
+    variation: NDArray[np.float64],
+    last: NDArray[np.floating[Any]],
+    reference: NDArray[np.float64],
+    bounds: NDArray[np.int64],
+    modes: NDArray[np.float64],
+    tensors: NDArray[np.float64],
 ) -> None:
-    """Add to the `totals` (g, 3) of each weight's group, (n,): one, its variation, and what of it is explained."""
-    for i in range(group.size):
-        which = group[i]
-        totals[which, 0] += 1.0
-        totals[which, 1] += variation[i]
-        totals[which, 2] += variation[i] * np.float64(correlation[i]) ** 2
+    """Add what is known of n weights, arrays (n,), to the totals of their modes (M, 5), and of their tensors (L, 5).
+
+    last: their values at the last epoch; reference (M,): that of the references, less their means. Tensor l has the
+    weights ``bounds[l] : bounds[l + 1]``.
+    """
+    for tensor in range(bounds.size - 1):
+        for i in range(bounds[tensor], bounds[tensor + 1]):
+            explained = variation[i] * np.float64(correlation[i]) ** 2
+            moved = np.float64(last[i]) - mean[i]
+            missing = moved - np.float64(scale[i]) * reference[mode[i]]
+            for totals in (modes[mode[i]], tensors[tensor]):
+                totals[0] += 1.0
+                totals[1] += variation[i]
+                totals[2] += explained
+                totals[3] += moved * moved
+                totals[4] += missing * missing

@@ -20,15 +20,15 @@ from ..decomposition import Decomposition
 from ..device import open_device
 from ..errors import InputError, PathExistsError, RunLockedError
 from ..kernels.affine import References
-from ..kernels.clustering import Cut, DistanceCut, checked_cut, clustering_bytes
-from ..kernels.functionals import Functional
+from ..kernels.clustering import Cut, DistanceCut, checked_cut, clustering_bytes, setting_of
+from ..kernels.fused import N_TOTALS
 from ..kernels.lines import Kind, ReferenceChoice, Weighting
 from ..kernels.running import checked_candidates
 from ..kernels.sampling import Sampling
 from ..run import PathLike, Run, open_run
 from ..store.fits import FitShape, FitWriter
 from ..store.format import WEIGHTS, result_rule
-from .sampling import SampleChoice, choose
+from .sampling import Chosen, SampleChoice, choose
 from .scheduling import Scheduler, bytes_of, scheduler_of
 from .tasks import BlockSummary, BlockTask, FitBlock
 
@@ -68,7 +68,8 @@ def fit(
 
     run: a `Run`, or the path of one.
     modes: M, or a `trajkit.DistanceCut` of the cluster tree. Fewer modes are fitted where the sample has fewer
-        clusters.
+        clusters. ``"auto"``: of 1 to 30, the M that explains most of the variance of held-out weights of the probe,
+        less 0.025 % a mode. ``"95%"`` or the like: the fewest modes, up to 300, that explain this share of it.
     samples: K, how many weights the clusters are found on; all of them if the model has fewer.
     sampling: ``"balanced"`` (half spread equally over tensors, half by their size), ``"uniform"``, or ``"variance"``
         (probability ∝ exp(standard deviation over time), among the probe). Samples come from the run's probe where
@@ -76,8 +77,8 @@ def fit(
     seed: of the sampling.
     epochs: labels of the recorded epochs to fit, all by default.
     sample_index: (K,) indices of the weights to use as the sample; `samples`, `sampling` and `seed` do not apply then.
-    name: of the fit in the run; ``modes10``, ``principal10``, ``online10`` or the like by default, numbered where that
-        exists.
+    name: of the fit in the run; ``modes10``, ``principal10``, ``online10``, ``auto`` or the like by default, numbered
+        where that exists.
     progress: called with the number of weights done and N.
     references: what the trajectory is that a mode's weights are fitted to. ``"weight"``, the paper's: that weight of
         the sample which stands best for its cluster, with all its noise. ``"centroid"``: the mean of the probe's
@@ -110,8 +111,7 @@ def fit(
     if rows.size < 2:
         raise InputError(f"{run.path}: {rows.size} epochs to fit, a correlation needs at least 2; record or name more")
     choice, wanted = SampleChoice(samples, sampling, seed, sample_index), ReferenceChoice(references, weighting)
-    cut = vars(modes) if isinstance(modes, DistanceCut) else modes
-    settings = {"modes": cut, **choice.settings, **wanted.settings}
+    settings = {"modes": setting_of(modes), **choice.settings, **wanted.settings}
     candidates = checked_candidates(reassign)
     if online:
         settings["online"] = True
@@ -128,13 +128,13 @@ def fit(
         resources.plan_fit(run, FitShape(n, rows.size, most_modes, n_samples, updatable, most_members))
         with _hashing_ahead(run, rows) if chosen_scheduler.shares_memory else contextlib.nullcontext():
             sample = choice.draw(run, rows)
-            functional, reference = choose(run, rows, sample, modes, wanted)
-        n_members = 0 if references == "weight" else functional.index.size
-        shape = FitShape(n, rows.size, functional.n_modes, sample.size, updatable, n_members)
+            chosen = choose(run, rows, sample, modes, wanted)
+        n_members = 0 if references == "weight" else chosen.functional.index.size
+        shape = FitShape(n, rows.size, chosen.functional.n_modes, sample.size, updatable, n_members)
         plan = resources.plan_fit(run, shape)
         with _writer_for(run, default_name(modes, online, references), name, shape) as writer:
-            task = FitBlock(run, rows, References(reference), writer.blocks, plan, device)
-            save(run, writer, task, resources.scheduler, progress, Fitted(rows, functional, sample, settings))
+            task = FitBlock(run, rows, References(chosen.trajectories), writer.blocks, plan, device)
+            save(run, writer, task, resources.scheduler, progress, Fitted(rows, chosen, sample, settings))
     return run.fit(writer.name)
 
 
@@ -149,7 +149,7 @@ class Resources:
     def plan_fit(self, run: Run, shape: FitShape) -> BlockPlan:
         """How the blocks of a fit are read; raises `MemoryBudgetError`."""
         n_probe = run.probe_index.size
-        per_epoch = 4 * n_probe + SAMPLE_BYTES * shape.n_samples + (MEMBER_BYTES * n_probe if shape.n_members else 0)
+        per_epoch = 5 * n_probe + SAMPLE_BYTES * shape.n_samples + (MEMBER_BYTES * n_probe if shape.n_members else 0)
         step1 = clustering_bytes(shape.n_samples) + shape.n_epochs * per_epoch
         return self.plan(run, shape, shape.n_epochs, open_device(self.device).buffers, step1)
 
@@ -177,7 +177,7 @@ class Fitted:
     """What a fit is of: the rows of its epochs, its references and the sample they are from, and its settings."""
 
     rows: NDArray[np.int64]
-    references: Functional
+    chosen: Chosen
     sample_index: NDArray[np.int64]
     settings: dict[str, Any]
 
@@ -191,7 +191,7 @@ def save(
     fitted: Fitted,
 ) -> None:
     """Do all blocks by a task and commit what they give."""
-    n = run.layout.n_weights
+    n, functional = run.layout.n_weights, fitted.chosen.functional
     done = 0
 
     def report(summary: BlockSummary) -> None:
@@ -207,22 +207,24 @@ def save(
         "settings": fitted.settings,
         "epochs": run.epochs[fitted.rows].tolist(),
         "layout": run.layout.digest,
-        **_quality(run, summaries, fitted.references.n_modes),
+        **_quality(run, summaries, functional.n_modes),
+        "pca": list(fitted.chosen.pca),
+        **({"curve": [list(point) for point in fitted.chosen.curve]} if fitted.chosen.curve else {}),
     }
     stored = {key: item for summary in summaries for key, item in summary.stored.items()}
-    writer.commit(stored, task.references.trajectories, fitted.references, fitted.sample_index, attributes)
+    writer.commit(stored, task.references.trajectories, functional, fitted.sample_index, attributes)
 
 
 def _quality(run: Run, summaries: Sequence[BlockSummary], n_modes: int) -> dict[str, Any]:
-    tensors = np.zeros((len(run.layout.weights), 3))
-    modes = np.zeros((n_modes, 3))
+    tensors = np.zeros((len(run.layout.weights), N_TOTALS))
+    modes = np.zeros((n_modes, N_TOTALS))
     for summary in summaries:
         modes += summary.modes
         for tensor, totals in summary.tensors.items():
             tensors[tensor] += totals
 
     def plain(row: NDArray[np.float64]) -> list[float]:
-        return [int(row[0]), float(row[1]), float(row[2])]
+        return [int(row[0]), *row[1:].tolist()]
 
     names = [entry.name for entry in run.layout.weights]
     return {
@@ -255,6 +257,8 @@ def default_name(modes: Cut, online: bool, references: Kind = "weight") -> str:
     parts = ["online"] if online else []
     if references != "weight":
         parts.append(references)
+    if isinstance(modes, str):
+        return "-".join([*parts, "auto" if modes == "auto" else f"explained{modes.removesuffix('%')}"])
     if isinstance(modes, DistanceCut):
         return "-".join([*parts, f"cut{modes.divisor:g}"]).replace("+", "")
     return f"{'-'.join(parts) or 'modes'}{modes}"

@@ -9,17 +9,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ..decomposition import Decomposition
 from ..errors import InputError, RunNotFoundError
 from ..kernels.affine import References
-from ..kernels.clustering import DistanceCut
+from ..kernels.clustering import checked_cut, setting_of
+from ..kernels.components import variance_of_components
 from ..replay import OnlineDecomposition
 from ..run import PathLike, Run, open_run
 from ..store.fits import FitWriter
 from ..store.writer import is_being_written
 from .fitting import Fitted, Progress, Resources, fit, save
-from .sampling import require_finite
+from .sampling import Chosen, candidates_of, require_finite
 from .scheduling import Scheduler, bytes_of, scheduler_of
 from .tasks import BlockTask, ExtendBlock, FitBlock
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 EXTENDING_BUFFERS = 5
 """The values that are read, and twice their motion in float64."""
+
+PROBE_BYTES = 5
+"""Per weight of the probe and epoch: its value, and whether it is finite."""
 
 
 def update(
@@ -70,7 +75,9 @@ def update(
     with scheduler_of(scheduler) as chosen:
         resources = Resources(chosen, bytes_of(memory), "cpu")
         n_read, buffers = (further.size, EXTENDING_BUFFERS) if before.updatable else (rows.size, 1)
-        plan = resources.plan(run, shape, n_read, buffers)
+        plan = resources.plan(run, shape, n_read, buffers, PROBE_BYTES * run.probe_index.size * rows.size)
+        with threadpool_limits(1, user_api="blas"):
+            pca = variance_of_components(candidates_of(run, rows))
         with FitWriter(run.archive.objects, name, shape, previous.stored) as writer:
             task: BlockTask
             if before.updatable:
@@ -78,7 +85,8 @@ def update(
                 task = ExtendBlock(run, further, references, writer.blocks, plan, previous.stored, old)
             else:
                 task = FitBlock(run, rows, references, writer.blocks, plan, resources.device)
-            fitted = Fitted(rows, functional, previous.sample_index, dict(previous.settings))
+            known = Chosen(functional, references.trajectories, previous.curve, pca)
+            fitted = Fitted(rows, known, previous.sample_index, dict(previous.settings))
             save(run, writer, task, chosen, progress, fitted)
     return run.fit(name)
 
@@ -140,7 +148,7 @@ def follow(
 def _require_settings(known: Decomposition, settings: Mapping[str, Any]) -> None:
     """Raise `InputError` where a fit was made with other settings than these."""
     for key, value in settings.items():
-        wanted = vars(value) if isinstance(value, DistanceCut) else value
+        wanted = setting_of(checked_cut(value, key)) if key == "modes" else value
         found = known.references if key == "references" else known.settings.get(key, wanted)
         if found != wanted and value is not None:
             raise InputError(

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
-from ..errors import InputError
-from ..kernels.clustering import Cut, choose_references, cluster
-from ..kernels.correlation import correlation_magnitude
+from ..errors import InputError, placed
+from ..kernels.clustering import Cut
+from ..kernels.components import variance_of_components
+from ..kernels.curve import Curve, Sample, Trial
 from ..kernels.functionals import Functional
 from ..kernels.lines import Candidates, ReferenceChoice
 from ..kernels.sampling import (
@@ -88,31 +89,53 @@ class SampleChoice:
         return draw_by_variance(spread, self.samples, probe, rng, represented(probe, bounds))
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The M references of a fit, and what they were chosen by."""
+
+    functional: Functional
+    trajectories: NDArray[np.floating]
+    """(E, M)"""
+    curve: Curve = ()
+    """Where M was chosen by it."""
+    pca: tuple[float, ...] = ()
+    """What principal components explain of the variance over the same epochs, see `variance_of_components`."""
+
+
 def choose(
     run: Run, rows: NDArray[np.int64], sample: NDArray[np.int64], cut: Cut, references: ReferenceChoice
-) -> tuple[Functional, NDArray[np.float32]]:
-    """The M references of the clusters of a sample (K,), and their trajectories (E, M).
+) -> Chosen:
+    """The M references of the clusters of a sample (K,).
 
     References of many weights are made of the probe's, so that they cost no pass over the archive, now or later.
     """
-    trajectories = run.columns(sample, rows)
-    require_finite(run, sample, np.isfinite(trajectories))
+    sampled = Sample(sample, run.columns(sample, rows))
+    require_finite(run, sample, np.isfinite(sampled.trajectories))
+    candidates, bounds = candidates_of(run, rows), run.layout.weight_bounds
+    curve: Curve = ()
     # Threads of BLAS spin on for a while after their work, beside those that then fit the blocks.
     with threadpool_limits(1 if sample.size <= SMALL_SAMPLE else None, user_api="blas"):
-        magnitude = correlation_magnitude(trajectories)
-        chosen = choose_references(magnitude, cluster(magnitude, cut))
-    weights, found = sample[chosen], trajectories[:, chosen]
-    if references.kind == "weight":
-        return Functional.of_weights(weights), found
+        _ = sampled.tree  # which is kept
+    with threadpool_limits(1, user_api="blas"):
+        if isinstance(cut, str):
+            with placed(str(run.path)):
+                cut, curve = Trial.of(sampled, candidates, bounds, references).choose(cut)
+        chosen = sampled.references(cut)
+        functional = references.refined(sample[chosen], sampled.trajectories[:, chosen], candidates)
+        pca = variance_of_components(candidates)
+    alone = references.kind == "weight"
+    members = sampled.trajectories[:, chosen] if alone else run.columns(functional.index, rows)
+    return Chosen(functional, functional.values(members), curve, pca)
+
+
+def candidates_of(run: Run, rows: NDArray[np.int64]) -> Candidates:
+    """The probe's weights; raises `InputError` where one is not finite."""
     probe = run.probe_index
     candidates = Candidates(
         probe, run.archive.read(PROBE, rows, (0, probe.size)), represented(probe, run.layout.weight_bounds)
     )
     require_finite(run, probe, np.isfinite(candidates.trajectories))
-    with threadpool_limits(1, user_api="blas"):
-        functional = references.refined(weights, found, candidates)
-    values: NDArray[np.float32] = functional.values(run.columns(functional.index, rows))
-    return functional, values
+    return candidates
 
 
 def require_finite(run: Run, index: NDArray[np.int64], finite: NDArray[np.bool_]) -> None:

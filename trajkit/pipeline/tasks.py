@@ -5,7 +5,7 @@ A task carries paths, rows, a slice and the references. Where it arrives, the ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +17,13 @@ from ..blocks import BlockPlan
 from ..device import open_device
 from ..errors import InputError
 from ..kernels.affine import BlockFit, References
-from ..kernels.fused import add_quality
+from ..kernels.fused import N_TOTALS, add_quality
 from ..kernels.moments import extend
 from ..run import Run
 from ..scratch import scratch
 from ..store.fits import MOMENTS, RESULTS, FitShape, ResultBlocks, Stored, StoredFit
 from ..store.format import WEIGHTS
 from .sampling import require_finite
-
-Room = Callable[[slice], BlockFit]
-"""Arrays that take the fit of a piece."""
 
 ALIGNED = 64
 """Bytes, a line of the cache."""
@@ -45,28 +42,33 @@ class BlockTask:
     plan: BlockPlan
 
     def fits(self, pieces: list[slice], room: Room) -> Generator[tuple[slice, BlockFit]]:
-        """The fits of the pieces of a block, in the room for them."""
+        """The fits of the pieces of a block, in the room for them, which takes their last values too."""
         raise NotImplementedError
 
     def __call__(self, block: slice) -> BlockSummary:
         """Fit the weights of a block."""
         layout, shape = self.run.layout, self.results.shape
-        whole = _room_for(block.stop - block.start, shape)
-
-        def room(piece: slice) -> BlockFit:
-            return whole.part(slice(piece.start - block.start, piece.stop - block.start))
-
+        room = Room.of(block, shape)
         with closing(self.fits(self.plan.pieces(block), room)) as fits:  # a device may be at work for it
             for piece, fitted in fits:
                 self._require_fitted(piece, fitted)
+        whole = room.whole
         stored = self.results.write(block.start, vars(whole))
-        modes = np.zeros((shape.n_modes, 3))
-        add_quality(whole.mode, whole.variation, whole.correlation, modes)
         bounds = np.clip(layout.weight_bounds, block.start, block.stop) - block.start
         inside = np.flatnonzero(np.diff(bounds))
-        tensors = np.zeros((inside.size, 3))
-        of_tensor = np.repeat(np.arange(inside.size), np.diff(bounds)[inside])
-        add_quality(of_tensor, whole.variation, whole.correlation, tensors)
+        modes, tensors = np.zeros((shape.n_modes, N_TOTALS)), np.zeros((inside.size, N_TOTALS))
+        add_quality(
+            whole.mode,
+            whole.scale,
+            whole.mean,
+            whole.correlation,
+            whole.variation,
+            room.last,
+            self.references.last,
+            np.append(bounds[inside], bounds[-1]),
+            modes,
+            tensors,
+        )
         return BlockSummary(stored, dict(zip(inside.tolist(), tensors, strict=True)), modes)
 
     def _require_fitted(self, piece: slice, fitted: BlockFit) -> None:
@@ -92,7 +94,12 @@ class FitBlock(BlockTask):
     def fits(self, pieces: list[slice], room: Room) -> Generator[tuple[slice, BlockFit]]:
         """See `BlockTask`."""
         every = self.results.shape.updatable
-        return open_device(self.device).fit_pieces(self.read, pieces, self.references, every, room)
+
+        def read(piece: slice, out: NDArray[np.float32]) -> None:
+            self.read(piece, out)
+            room.take_last(piece, out[-1])
+
+        return open_device(self.device).fit_pieces(read, pieces, self.references, every, room)
 
     def read(self, piece: slice, out: NDArray[np.float32]) -> None:
         """Read the trajectories of some weights into `out` (E, n)."""
@@ -112,6 +119,7 @@ class ExtendBlock(BlockTask):
         for piece in pieces:
             old = BlockFit(**{name: self.fit.read(name, piece.start, piece.stop) for name in self.fit.shape.results})
             further = self.run.archive.read(WEIGHTS, self.rows, (piece.start, piece.stop))
+            room.take_last(piece, further[-1])
             fitted = room(piece)
             fitted.take(extend(old, self.before, further, self.references))
             yield piece, fitted
@@ -124,6 +132,32 @@ class BlockSummary:
     stored: Stored
     tensors: Mapping[int, NDArray[np.float64]]
     modes: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Takes the fit of a block, and its weights at the last epoch, piece by piece."""
+
+    start: int
+    whole: BlockFit
+    last: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, block: slice, shape: FitShape) -> Room:
+        """In memory of the thread."""
+        n = block.stop - block.start
+        return cls(block.start, _room_for(n, shape), scratch("last", n, np.float32))
+
+    def __call__(self, piece: slice) -> BlockFit:
+        """Arrays that take the fit of a piece."""
+        return self.whole.part(self._inside(piece))
+
+    def take_last(self, piece: slice, values: NDArray[np.float32]) -> None:
+        """Keep the last values of a piece, in memory that will be used again."""
+        self.last[self._inside(piece)] = values
+
+    def _inside(self, piece: slice) -> slice:
+        return slice(piece.start - self.start, piece.stop - self.start)
 
 
 def _room_for(n: int, shape: FitShape) -> BlockFit:

@@ -21,8 +21,10 @@ array                   dtype      dimensions       content
 They stand in a group of their own, ``fits/<name>/<version>``; version 0 is the first, and every update writes the next.
 ``mode/objects.json`` there holds length and hash of every object of these arrays. The ``zarr.json`` of ``fits/<name>``
 is written last and makes the fit, or its new version, exist; its attribute ``trajkit_fit`` is
-``{"fit": {…}, "blake3": hash of it}`` and holds the version, the settings, the epochs, the quality of the fit, the
-layout's hash, and the hash of ``objects.json``.
+``{"fit": {…}, "blake3": hash of it}`` and holds the version, the settings, the epochs, the layout's hash, the hash of
+``objects.json``, and the quality of the fit: five numbers for each mode and each tensor (three in older fits), see
+`trajkit.decomposition.Quality`; ``pca``, what one principal component and two explain; and, where the number of modes
+was chosen by it, ``curve``.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ MEMBERS = {
 }
 """What references are that are made of many weights."""
 MOST_MODES = 1 << 16
+MOST_TRIED = 256
+"""Numbers of modes on a curve, at most."""
 INDICES = ("mode", "reference_index", "sample_index", "member_index", "member_mode")
 FIT_FIELDS: Mapping[str, type | UnionType] = {
     "version": int,
@@ -135,6 +139,11 @@ class StoredFit:
         """How often it was updated."""
         version: int = self.attributes["version"]
         return version
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk, metadata included."""
+        return sum(length for _, length in self.objects.lengths(f"{FITS}/{self.name}"))
 
     def committed(self) -> Stored:
         """What is known of every object of the fit's arrays; raises `DamagedRunError` where that is damaged."""
@@ -414,11 +423,21 @@ def _require_values(attributes: Mapping[str, Any]) -> None:
         raise ValueError("its modes, samples or version are no such numbers")
     if "n_members" in attributes and require_kind(attributes["n_members"], int, "'n_members'") < 1:
         raise ValueError("its references have no members")
+    n_numbers = {3, 5} if "pca" not in attributes else {5}
     for quality in (*attributes["modes"], *attributes["tensors"].values()):
-        if len(require_kind(quality, list, "a quality")) != 3:
-            raise ValueError("a quality is not three numbers")
-        for number in quality:
-            require_kind(number, int | float, "a part of a quality")
+        if len(_numbers(quality, "a quality")) not in n_numbers:
+            raise ValueError("a quality is not so many numbers as it has to be")
+    if "pca" in attributes and len(_numbers(attributes["pca"], "'pca'")) != 2:
+        raise ValueError("'pca' is not two numbers")
+    curve = require_kind(attributes.get("curve", []), list, "'curve'")
+    if len(curve) > MOST_TRIED or any(len(_numbers(point, "a point of the curve")) != 2 for point in curve):
+        raise ValueError(f"'curve' is not up to {MOST_TRIED} pairs")
+    for n_modes, _ in curve:
+        require_kind(n_modes, int, "a number of modes")
+
+
+def _numbers(values: Any, what: str) -> list[Any]:
+    return [require_kind(number, int | float, f"a part of {what}") for number in require_kind(values, list, what)]
 
 
 def _objects_key(group: str) -> str:
