@@ -15,6 +15,7 @@ import trajkit
 from .options import (
     epochs_option,
     json_option,
+    modes_option,
     quiet_option,
     references_option,
     run_argument,
@@ -24,13 +25,14 @@ from .output import echo_json, echo_table, number, progress, talk
 
 if TYPE_CHECKING:
     from trajkit import Decomposition
+    from trajkit.kernels.clustering import Cut
 
 CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs", "references", "weighting")
 
 
 @click.command()
 @run_argument
-@click.option("--modes", type=click.IntRange(min=1), help="M, the number of modes.  [default: 10]")
+@modes_option
 @click.option("--cut", type=float, help="Instead of --modes: cut the cluster tree at its largest distance / CUT.")
 @click.option(
     "--samples",
@@ -155,10 +157,28 @@ def _choices(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def qualities(fitted: Decomposition) -> dict[str, Any]:
+    """What is known of how good a fit is, as plain values."""
+    pca = dict(zip(("of_equal_storage", "of_one_component_more"), fitted.pca, strict=False))
+    tensors = fitted.quality_by_tensor
+    return {
+        "variance_explained": fitted.quality.variance_explained,
+        "variance_explained_by_tensor": {name: part.variance_explained for name, part in tensors.items()},
+        "variance_explained_by_mode": [part.variance_explained for part in fitted.quality_by_mode],
+        "last_epoch_error": fitted.quality.last_epoch_error,
+        "last_epoch_error_by_tensor": {name: part.last_epoch_error for name, part in tensors.items()},
+        "last_epoch_error_by_mode": [part.last_epoch_error for part in fitted.quality_by_mode],
+        "variance_explained_by_pca": pca or None,
+        "storage_ratio": fitted.storage_ratio,
+        "size_bytes": fitted.size_bytes,
+    }
+
+
 def echo_fit(
-    run: str | Path, fitted: Decomposition, modes: int | None, elapsed_s: float, as_json: bool, indent: int | None = 2
+    run: str | Path, fitted: Decomposition, modes: Cut | None, elapsed_s: float, as_json: bool, indent: int | None = 2
 ) -> None:
     """Print a fit that was made now."""
+    quality = fitted.quality
     if as_json:
         echo_json(
             {
@@ -166,10 +186,11 @@ def echo_fit(
                 "fit": fitted.name,
                 "modes": fitted.n_modes,
                 "epochs": fitted.epochs.tolist(),
-                "weights": fitted.quality.weights,
-                "variance_explained": fitted.quality.variance_explained,
+                "weights": quality.weights,
+                **qualities(fitted),
                 "references": fitted.references,
                 "settings": dict(fitted.settings),
+                "curve": [{"modes": tried, "variance_explained": score} for tried, score in fitted.curve],
                 "mode_sizes": [part.weights for part in fitted.quality_by_mode],
                 "reading": fitted.run.archive.reading,
                 "elapsed_s": elapsed_s,
@@ -183,12 +204,27 @@ def echo_fit(
     else:
         what, found = f"{fitted.references} of", np.bincount(functional.mode, minlength=functional.n_modes)
     rows = [
-        [str(mode), str(value), str(part.weights), number(part.variance_explained)]
+        [str(mode), str(value), str(part.weights), number(part.variance_explained), number(part.last_epoch_error)]
         for mode, (value, part) in enumerate(zip(found.tolist(), fitted.quality_by_mode, strict=True))
     ]
-    echo_table(["mode", what, "weights", "variance explained"], rows)
-    fewer = f" ({modes} asked for, the sample has no more clusters)" if modes and fitted.n_modes < modes else ""
+    echo_table(["mode", what, "weights", "variance explained", "last-epoch error"], rows)
+    short = isinstance(modes, int) and fitted.n_modes < modes
+    fewer = f" ({modes} asked for, the sample has no more clusters)" if short else ""
     click.echo(
         f"\nfit '{fitted.name}': {fitted.n_modes} modes{fewer}, {len(fitted.epochs)} epochs,"
-        f" {number(fitted.quality.variance_explained)} of the variance explained, {elapsed_s:.2f} s"
+        f" {number(quality.variance_explained)} of the variance explained, {elapsed_s:.2f} s"
     )
+    if fitted.pca:
+        one, two = fitted.pca
+        click.echo(f"PCA of equal storage explains {number(one)}, with a component more {number(two)}")
+    click.echo(
+        f"relative error of the last epoch {number(quality.last_epoch_error)}; takes {number(fitted.storage_ratio)} of"
+        f" the storage of {len(fitted.epochs)} epochs"
+    )
+    if fitted.curve:
+        shown = [
+            f"{tried}: {number(score)}{' (chosen)' if tried == fitted.n_modes else ''}"
+            for place, (tried, score) in enumerate(fitted.curve)
+            if place % 3 == 0 or tried == fitted.n_modes or place == len(fitted.curve) - 1
+        ]
+        click.echo(f"explained of held-out weights by so many modes: {', '.join(shown)}")

@@ -9,6 +9,7 @@ import click
 
 import trajkit
 
+from .fit import qualities
 from .options import json_option, run_argument
 from .output import echo_json, echo_table, number, size
 
@@ -60,10 +61,7 @@ def describe(run: Run, planned: int | None = None) -> dict[str, Any]:
                 "modes": fit.n_modes,
                 "epochs": [int(fit.epochs[0]), int(fit.epochs[-1]), len(fit.epochs)],
                 "settings": dict(fit.settings),
-                "variance_explained": fit.quality.variance_explained,
-                "variance_explained_by_tensor": {
-                    tensor: quality.variance_explained for tensor, quality in fit.quality_by_tensor.items()
-                },
+                **qualities(fit),
             }
             for name, fit in fits.items()
         },
@@ -95,8 +93,15 @@ def _echo(run: dict[str, Any]) -> None:
         for tensor in run["tensors"]
     ]
     if fits:
-        total = [number(fit["variance_explained"]) for fit in fits.values()]
-        rows.append(["variance explained, all weights", "", "", "", *total])
+        of_all = {
+            "variance explained, all weights": "variance_explained",
+            "relative error of the last epoch": "last_epoch_error",
+            "storage / that of its epochs": "storage_ratio",
+        }
+        for what, key in of_all.items():
+            rows.append([what, "", "", "", *(number(fit[key]) for fit in fits.values())])
+        pca = [(fit["variance_explained_by_pca"] or {}).get("of_equal_storage") for fit in fits.values()]
+        rows.append(["explained by PCA of equal storage", "", "", "", *map(number, pca)])
     echo_table(["tensor", "shape", "dtype", "kind", *(f"fit {name}" for name in fits)], rows)
     _echo_metrics(run["metrics"], steps)
     for evaluation in run["evaluations"]:

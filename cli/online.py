@@ -9,16 +9,17 @@ import click
 
 import trajkit
 from trajkit.errors import InputError
+from trajkit.kernels.clustering import Cut
 
 from .fit import echo_fit
-from .options import json_option, quiet_option, references_option, run_argument, weighting_option
+from .options import json_option, modes_option, quiet_option, references_option, run_argument, weighting_option
 from .output import progress
 
 
 @click.command()
 @run_argument
 @click.option("--warmup", type=click.IntRange(min=2), default=20, show_default=True, help="F, the first epochs.")
-@click.option("--modes", type=click.IntRange(min=1), default=10, show_default=True, help="M, the number of modes.")
+@modes_option
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
@@ -41,7 +42,7 @@ from .output import progress
 def online(
     run: str | Path,
     warmup: int,
-    modes: int,
+    modes: Cut | None,
     samples: int,
     seed: int,
     references: str,
@@ -73,7 +74,7 @@ def online(
     with progress("fitting weights", quiet) as report:
         fitted = trajkit.fit(
             opened,
-            modes=modes,
+            modes=modes or 10,
             samples=samples,
             seed=seed,
             epochs=sound[:warmup],

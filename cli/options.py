@@ -7,6 +7,9 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
+from trajkit.errors import InputError
+from trajkit.kernels.clustering import Cut, checked_cut
+
 
 class RunPlace(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
     """The path of a run, or its URL in an object store."""
@@ -40,6 +43,28 @@ weighting_option = click.option(
     "--weighting",
     type=click.Choice(["equal", "variance"]),
     help="What each of these many counts for.  [default: equal for centroid, variance for principal]",
+)
+
+
+class Modes(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """M, ``auto``, or a share of the variance such as ``95%``."""
+
+    name = "modes"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> Cut:
+        """Parse one option's value."""
+        try:
+            return checked_cut(int(value) if str(value).isdecimal() else value, "the number of modes")
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
+modes_option = click.option(
+    "--modes",
+    metavar="M",
+    type=Modes(),
+    help="The number of modes; auto, by held-out weights; or 95%, the fewest that explain so much of these."
+    "  [default: 10]",
 )
 
 

@@ -125,8 +125,8 @@ class Trial:
             tried.append(point)
         most, best = max(tried, key=lambda point: point[1])
         raise InputError(
-            f"{most} modes explain {100 * best:.4g} % of the variance of held-out weights, and {tried[-1][0]} are the"
-            f" most that were tried, expected {cut}; ask for less, for other references or for a number of modes"
+            f"{most} modes explain {100 * best:.4g} % of the variance of held-out weights, the most that up to"
+            f" {tried[-1][0]} modes do, expected {cut}; ask for less, for other references, or for a number of modes"
         )
 
     def _scores(self, numbers: Iterable[int], above: int = 0) -> Iterator[tuple[int, float]]:
