@@ -109,6 +109,31 @@ def test_fits_by_distance_and_with_fewer_modes(digits_path: Path) -> None:
     assert "--modes and --cut exclude each other; give one" in refused.stderr
 
 
+def test_modes_chosen_by_held_out_weights_are_shown_with_their_curve(digits_path: Path) -> None:
+    shown = invoke("fit", digits_path, "--modes", "auto", "--references", "principal", "-q").stdout
+    fitted = open_run(digits_path).fit("principal-auto")
+    *_, summary, against, last, curve = shown.splitlines()
+    assert f"fit 'principal-auto': {fitted.n_modes} modes, 40 epochs, " in summary
+    assert f"{fitted.quality.variance_explained:.4g} of the variance explained" in summary
+    one, two = fitted.pca
+    assert against == f"PCA of equal storage explains {one:.4g}, with a component more {two:.4g}"
+    assert f"relative error of the last epoch {fitted.quality.last_epoch_error:.4g}; takes" in last
+    assert f"{fitted.n_modes}: {dict(fitted.curve)[fitted.n_modes]:.4g} (chosen)" in curve
+    assert curve.endswith(f"30: {fitted.curve[-1][1]:.4g}")
+    named = invoke_json("fit", digits_path, "--modes", "90%", "-q")
+    assert named["fit"] == "explained90"
+    assert named["curve"][-1]["variance_explained"] >= 0.9
+    assert named["variance_explained_by_pca"] == {"of_equal_storage": one, "of_one_component_more": two}
+    assert len(named["last_epoch_error_by_mode"]) == named["modes"]
+    described = invoke_json("info", digits_path)["fits"]["explained90"]
+    for key in ("last_epoch_error", "last_epoch_error_by_tensor", "storage_ratio", "variance_explained_by_pca"):
+        assert described[key] == named[key]
+    table = invoke("info", digits_path).stdout
+    for words in ("relative error of the last epoch", "explained by PCA of equal storage"):
+        assert words in table
+    assert "fit 'online-auto'" in invoke("online", digits_path, "--modes", "auto", "-q").stdout
+
+
 def test_fewer_modes_than_asked_for_are_told(tmp_path: Path) -> None:
     for epoch in range(4):
         torch.save({"weight": torch.full((5,), float(epoch))}, tmp_path / f"epoch{epoch}.pt")
@@ -125,6 +150,8 @@ def test_fewer_modes_than_asked_for_are_told(tmp_path: Path) -> None:
         (["info", "nowhere"], 1, "Error: nowhere: no run here"),
         (["fit", "nowhere"], 1, "Error: nowhere: no run here"),
         (["fit", "RUN", "--modes", "0"], 2, "Invalid value for '--modes'"),
+        (["fit", "RUN", "--modes", "120%"], 2, "or a share of the variance below 100 % such as '95%'"),
+        (["fit", "RUN", "--modes", "99.9%"], 1, "of the variance of held-out weights"),
         (["fit", "RUN", "--sampling", "clever"], 2, "'clever' is not one of"),
         (["fit", "RUN", "--epochs", "1:x"], 2, "'1:x' names no epochs; write 3, or 0,5,9"),
         (["fit", "RUN", "--epochs", "38:50"], 1, "no epoch 40; the run has 40, nearest: 38, 39"),

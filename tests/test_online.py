@@ -444,6 +444,29 @@ def test_a_warm_up_in_the_users_run_is_resumed_by_a_few_hashes(digits_run: Run) 
     np.testing.assert_array_equal(resumed.scale, trained(digits_run)[1].scale)
 
 
+@pytest.mark.parametrize("modes", ["auto", "90%"])
+def test_the_warm_up_chooses_the_number_of_modes(modes: str, digits_run: Run) -> None:
+    early = fit(digits_run, modes=modes, epochs=range(WARMUP), online=True)
+    assert early.name == ("online-auto" if modes == "auto" else "online-explained90")
+    _, through = trained(digits_run, modes=modes)
+    assert through.n_modes == early.n_modes != 10
+    for stop in (5, 30):
+        state = trained(digits_run, range(stop), modes=modes)[1].state_dict()
+        assert state["settings"]["modes"] == modes
+        model = digits_cnn()
+        resumed = OnlineCMD(model, WARMUP, modes=modes)
+        resumed.load_state_dict(state)
+        for _ in training(digits_run, model, range(stop, EPOCHS)):
+            resumed.update_parameters(model)
+        np.testing.assert_array_equal(resumed.scale, through.scale)
+        np.testing.assert_array_equal(resumed.mode, through.mode)
+
+
+def test_a_share_that_no_modes_explain_is_told_at_the_end_of_the_warm_up(digits_run: Run) -> None:
+    with pytest.raises(InputError, match=r"modes explain .* % of the variance of held-out weights, .*, expected 99.9%"):
+        trained(digits_run, range(WARMUP), modes="99.9%")
+
+
 def test_an_epoch_that_was_not_recorded_is_told(digits_run: Run, tmp_path: Path) -> None:
     model = digits_cnn()
     cmd = OnlineCMD(model, warmup=3, run=tmp_path / "mine")
@@ -480,6 +503,7 @@ def test_a_state_of_other_settings_or_another_model_is_refused(digits_run: Run) 
         ({"warmup": 1}, "warmup is 1, expected an integer of at least 2"),
         ({"warmup": 2.5}, "warmup is 2.5, expected an integer"),
         ({"modes": 0}, "modes is 0, expected an integer from 1"),
+        ({"modes": "automatic"}, "modes is 'automatic', expected an integer from 1"),
         ({"samples": 0}, "samples is 0, expected an integer of at least 1"),
         ({"seed": -1}, "seed is -1"),
         ({"sampling": "fair"}, "sampling is 'fair', expected one of balanced"),

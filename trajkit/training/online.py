@@ -49,7 +49,8 @@ class OnlineCMD:
     weights are a·r + b with r the references' weights at the last update. Until then they are the trained ones.
 
     warmup: F, updates before the modes are chosen.
-    modes, samples, sampling, seed: as for `trajkit.fit`, with which the warm-up is fitted.
+    modes, samples, sampling, seed: as for `trajkit.fit`, with which the warm-up is fitted. ``"auto"`` or ``"95%"``
+        choose the number of modes at its end, where a share that no number explains is told.
     run: where the training is recorded, a `Recorder` or a path: the warm-up is read there, and its fit is saved there
         as ``online10`` or the like. Each epoch has to be recorded before its update, and committed where a path is
         given. Without, the warm-up is kept in a temporary folder (TMPDIR), 4 bytes a weight and epoch, until it ends.

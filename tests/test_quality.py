@@ -1,0 +1,159 @@
+"""How good a fit is: what is kept of it, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MakeRun, correlated
+
+from trajkit import Decomposition, Run, fit, open_run, update
+from trajkit.decomposition import Quality
+from trajkit.errors import DamagedRunError
+from trajkit.kernels.lines import Kind
+from trajkit.store import format as store_format
+from trajkit.store.fits import FIT_ATTRIBUTE
+from trajkit.store.root import encoded, sealed_group
+
+Array = np.ndarray[Any, Any]
+
+
+def assert_quality(part: Quality, w: Array, modelled: Array) -> None:
+    """Of some weights' (E, n) trajectories and what is modelled of them."""
+    motion = w - w.mean(0)
+    assert part.weights == w.shape[1]
+    assert part.variance_explained == pytest.approx(1 - ((w - modelled) ** 2).sum() / (motion**2).sum(), abs=1e-6)
+    error = np.linalg.norm((w - modelled)[-1]) / np.linalg.norm(motion[-1])
+    assert part.last_epoch_error == pytest.approx(error, rel=1e-5)
+
+
+def assert_is_the_oracles_quality(run: Run, found: Decomposition) -> None:
+    w = run.weights[run.rows_of(found.epochs)].astype(np.float64)
+    modelled = found.modelled(found.epochs, dtype=np.float64)
+    assert_quality(found.quality, w, modelled)
+    groups = [(found.mode == mode, part) for mode, part in enumerate(found.quality_by_mode)]
+    tensors = [np.arange(entry.offset, entry.stop) for entry in run.layout.weights]
+    for its, part in [*groups, *zip(tensors, found.quality_by_tensor.values(), strict=True)]:
+        if part.weights:
+            assert_quality(part, w[:, its], modelled[:, its])
+
+
+@pytest.mark.parametrize("chunk_values", [1024, 131072])
+@pytest.mark.parametrize("references", ["weight", "principal"])
+def test_errors_of_the_last_epoch_are_the_oracles(
+    references: Kind, chunk_values: int, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_format, "CHUNK_VALUES", chunk_values)
+    run = make_run(correlated(20, 3000), sizes=(700, 0, 2300))
+    found = fit(run, modes=4, references=references)
+    assert_is_the_oracles_quality(run, found)
+    nothing = found.quality_by_tensor["layer1"]
+    assert (nothing.weights, nothing.variance_explained, nothing.last_epoch_error) == (0, 1.0, 0.0)
+
+
+def test_a_fit_of_some_epochs_has_the_error_of_its_own_last_one(digits_run: Run) -> None:
+    assert_is_the_oracles_quality(digits_run, fit(digits_run, epochs=range(5, 25, 3), samples=300))
+
+
+@pytest.mark.parametrize("updatable", [True, False])
+def test_an_update_has_the_error_of_the_new_last_epoch(updatable: bool, digits_run: Run) -> None:
+    before = fit(digits_run, modes=5, name="a", epochs=range(30), samples=300, updatable=updatable)
+    updated = update(digits_run, "a")
+    assert_is_the_oracles_quality(digits_run, updated)
+    assert updated.quality.last_epoch_error != before.quality.last_epoch_error
+    assert updated.pca == pytest.approx(fit(digits_run, modes=3).pca)
+
+
+def test_where_nothing_moves_nothing_is_missing(make_run: MakeRun) -> None:
+    found = fit(make_run(np.ones((5, 30), np.float32)), modes=4)
+    assert (found.quality.last_epoch_error, found.pca) == (0.0, (1.0, 1.0))
+    assert Quality(3, 1.0, 1.0, 0.0, 1.0).last_epoch_error == float("inf")
+
+
+# --- Against what stores as much
+
+
+def components(w: Array, counts: Array) -> tuple[float, float]:
+    """Shares of the variance by one component and by two, by a singular value decomposition."""
+    powers = np.linalg.svd((w - w.mean(0)) * np.sqrt(counts), compute_uv=False) ** 2
+    return powers[0] / powers.sum(), powers[:2].sum() / powers.sum()
+
+
+def test_pca_is_that_of_all_weights_where_the_probe_has_them_all(digits_run: Run) -> None:
+    w = digits_run.weights[:].astype(np.float64)
+    found = fit(digits_run, modes=3)
+    assert found.pca == pytest.approx(components(w, np.ones(w.shape[1])), abs=1e-9)
+    assert fit(digits_run, modes=3, epochs=[4, 9]).pca == (pytest.approx(1.0), pytest.approx(1.0))
+
+
+def test_each_weight_of_the_probe_counts_for_those_it_stands_for(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trajkit.store.probe.PROBE_SIZE", 100)
+    run = make_run(correlated(12, 1000), sizes=(60, 940))
+    layer = (run.probe_index >= 60).astype(int)
+    counts = (np.array([60, 940]) / np.bincount(layer))[layer]
+    expected = components(run.weights[:, run.probe_index].astype(np.float64), counts)
+    assert fit(run, modes=3, samples=50).pca == pytest.approx(expected, abs=1e-9)
+
+
+def test_with_very_many_epochs_pca_is_of_every_second_weight_or_fewer(
+    digits_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trajkit.kernels.components.ENOUGH", 500)
+    monkeypatch.setattr("trajkit.kernels.components.MOST_PRODUCTS", 3682 * 40**2 // 4)
+    w = digits_run.weights[:, ::4].astype(np.float64)
+    assert fit(digits_run, modes=3).pca == pytest.approx(components(w, np.ones(w.shape[1])), abs=1e-9)
+
+
+def test_storage_is_two_floats_and_a_mode_against_all_epochs(digits_run: Run) -> None:
+    found = fit(digits_run, modes=6, epochs=range(20))
+    assert found.storage_ratio == pytest.approx(((4 + 4 + 2) * 3682 + 4 * 20 * 6) / (4 * 20 * 3682))
+    files = [file for file in (digits_run.path / "fits" / found.name).rglob("*") if file.is_file()]  # type: ignore[operator]
+    assert found.size_bytes == sum(file.stat().st_size for file in files) > (2 + 4 + 8 + 4) * 3682
+
+
+# --- What is read
+
+
+def rewritten(found: Decomposition, **changes: Any) -> Decomposition:
+    """The fit with other attributes; those that are None are left out."""
+    attributes = {key: value for key, value in {**found.stored.attributes, **changes}.items() if value is not None}
+    key = f"fits/{found.name}/zarr.json"
+    (found.run.path / key).write_bytes(encoded(sealed_group(FIT_ATTRIBUTE, "fit", attributes), key))  # type: ignore[operator]
+    return open_run(found.run.path).fit(found.name)
+
+
+def test_a_fit_of_before_stays_readable_without_what_it_lacks(digits_run: Run) -> None:
+    found = fit(digits_run, modes=3)
+    attributes = found.stored.attributes
+    old = rewritten(
+        found,
+        pca=None,
+        modes=[part[:3] for part in attributes["modes"]],
+        tensors={name: part[:3] for name, part in attributes["tensors"].items()},
+    )
+    assert old.quality.variance_explained == found.quality.variance_explained
+    assert (old.quality.last_epoch_error, old.pca, old.curve) == (None, (), ())
+    assert all(part.last_epoch_error is None for part in old.quality_by_tensor.values())
+    np.testing.assert_array_equal(old.scale, found.scale)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pca": [0.5]}, "'pca' is not two numbers"),
+        ({"pca": [0.5, "x"]}, "a part of 'pca' is 'x', expected int | float"),
+        ({"curve": [[1, 0.5], [2]]}, "'curve' is not up to 256 pairs"),
+        ({"curve": [[1, 0.5]] * 257}, "'curve' is not up to 256 pairs"),
+        ({"curve": [[1.5, 0.5]]}, "a number of modes is 1.5, expected int"),
+        ({"curve": {}}, "'curve' is a dict, expected list"),
+        ({"modes": [[1, 0.5, 0.5, 0.5]]}, "a quality is not so many numbers"),
+        ({"tensors": {"a": [1, 0.5, 0.5]}}, "a quality is not so many numbers"),
+    ],
+)
+def test_numbers_that_cannot_be_are_damage(changes: dict[str, Any], message: str, digits_run: Run) -> None:
+    found = fit(digits_run, modes=3, samples=100)
+    with pytest.raises(DamagedRunError, match=message.replace("|", r"\|")):
+        rewritten(found, **changes)
