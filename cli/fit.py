@@ -25,7 +25,6 @@ from .output import echo_json, echo_table, number, progress, talk
 
 if TYPE_CHECKING:
     from trajkit import Decomposition
-    from trajkit.kernels.clustering import Cut
 
 CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs", "references", "weighting")
 
@@ -175,7 +174,12 @@ def qualities(fitted: Decomposition) -> dict[str, Any]:
 
 
 def echo_fit(
-    run: str | Path, fitted: Decomposition, modes: Cut | None, elapsed_s: float, as_json: bool, indent: int | None = 2
+    run: str | Path,
+    fitted: Decomposition,
+    modes: str | int | None,
+    elapsed_s: float,
+    as_json: bool,
+    indent: int | None = 2,
 ) -> None:
     """Print a fit that was made now."""
     quality = fitted.quality

@@ -9,7 +9,6 @@ import click
 
 import trajkit
 from trajkit.errors import InputError
-from trajkit.kernels.clustering import Cut
 
 from .fit import echo_fit
 from .options import json_option, modes_option, quiet_option, references_option, run_argument, weighting_option
@@ -42,7 +41,7 @@ from .output import progress
 def online(
     run: str | Path,
     warmup: int,
-    modes: Cut | None,
+    modes: str | int | None,
     samples: int,
     seed: int,
     references: str,

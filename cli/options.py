@@ -7,9 +7,6 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from trajkit.errors import InputError
-from trajkit.kernels.clustering import Cut, checked_cut
-
 
 class RunPlace(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
     """The path of a run, or its URL in an object store."""
@@ -51,12 +48,15 @@ class Modes(click.ParamType):  # type: ignore[type-arg]  # generic only in newer
 
     name = "modes"
 
-    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> Cut:
-        """Parse one option's value."""
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        """Parse one option's value; the library knows which texts there are."""
         try:
-            return checked_cut(int(value) if str(value).isdecimal() else value, "the number of modes")
-        except InputError as error:
-            self.fail(str(error), param, ctx)
+            number = int(value)
+        except ValueError:
+            return value
+        if number < 1:
+            self.fail(f"{number} is not at least 1", param, ctx)
+        return number
 
 
 modes_option = click.option(

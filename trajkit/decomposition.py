@@ -13,13 +13,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from .errors import DamagedRunError, InputError
 from .kernels.affine import References
-from .kernels.curve import Curve
 from .kernels.functionals import Functional
 from .kernels.model import model
 from .store.fits import StoredFit
 from .tensors import to_tensors
 
 if TYPE_CHECKING:
+    from .kernels.curve import Curve
     from .run import Run
 
 

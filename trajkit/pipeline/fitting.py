@@ -21,6 +21,7 @@ from ..device import open_device
 from ..errors import InputError, PathExistsError, RunLockedError
 from ..kernels.affine import References
 from ..kernels.clustering import Cut, DistanceCut, checked_cut, clustering_bytes, setting_of
+from ..kernels.curve import MOST_HELD_OUT, MOST_MEMBERS
 from ..kernels.fused import N_TOTALS
 from ..kernels.lines import Kind, ReferenceChoice, Weighting
 from ..kernels.running import checked_candidates
@@ -37,11 +38,14 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+PROBE_BYTES = 5
+"""Per weight of the probe and epoch: its value, and whether it is finite."""
+
 SAMPLE_BYTES = 40
 """Per sample and epoch: the recorded value, and those that the correlations are made of, in float64."""
 
 MEMBER_BYTES = 48
-"""Per candidate and epoch, where references are made of many: recorded values, and directions in float64."""
+"""Per candidate and epoch, where references are made of many or M is chosen: recorded values, directions in float64."""
 
 
 def fit(
@@ -125,13 +129,14 @@ def fit(
         most_modes = min(n_samples, modes if isinstance(modes, int) else 1)
         most_members = 0 if references == "weight" else run.probe_index.size
         n = run.layout.n_weights
-        resources.plan_fit(run, FitShape(n, rows.size, most_modes, n_samples, updatable, most_members))
+        tried = min(run.probe_index.size, MOST_MEMBERS + MOST_HELD_OUT) if isinstance(modes, str) else 0
+        resources.plan_fit(run, FitShape(n, rows.size, most_modes, n_samples, updatable, most_members), tried)
         with _hashing_ahead(run, rows) if chosen_scheduler.shares_memory else contextlib.nullcontext():
             sample = choice.draw(run, rows)
             chosen = choose(run, rows, sample, modes, wanted)
         n_members = 0 if references == "weight" else chosen.functional.index.size
         shape = FitShape(n, rows.size, chosen.functional.n_modes, sample.size, updatable, n_members)
-        plan = resources.plan_fit(run, shape)
+        plan = resources.plan_fit(run, shape, tried)
         with _writer_for(run, default_name(modes, online, references), name, shape) as writer:
             task = FitBlock(run, rows, References(chosen.trajectories), writer.blocks, plan, device)
             save(run, writer, task, resources.scheduler, progress, Fitted(rows, chosen, sample, settings))
@@ -146,10 +151,11 @@ class Resources:
     memory_bytes: int | None
     device: str
 
-    def plan_fit(self, run: Run, shape: FitShape) -> BlockPlan:
-        """How the blocks of a fit are read; raises `MemoryBudgetError`."""
+    def plan_fit(self, run: Run, shape: FitShape, tried: int) -> BlockPlan:
+        """How the blocks of a fit are read, whose M is chosen by so many weights; raises `MemoryBudgetError`."""
         n_probe = run.probe_index.size
-        per_epoch = 5 * n_probe + SAMPLE_BYTES * shape.n_samples + (MEMBER_BYTES * n_probe if shape.n_members else 0)
+        members = max(n_probe if shape.n_members else 0, tried)
+        per_epoch = PROBE_BYTES * n_probe + SAMPLE_BYTES * shape.n_samples + MEMBER_BYTES * members
         step1 = clustering_bytes(shape.n_samples) + shape.n_epochs * per_epoch
         return self.plan(run, shape, shape.n_epochs, open_device(self.device).buffers, step1)
 

@@ -20,7 +20,7 @@ from ..replay import OnlineDecomposition
 from ..run import PathLike, Run, open_run
 from ..store.fits import FitWriter
 from ..store.writer import is_being_written
-from .fitting import Fitted, Progress, Resources, fit, save
+from .fitting import PROBE_BYTES, Fitted, Progress, Resources, fit, save
 from .sampling import Chosen, candidates_of, require_finite
 from .scheduling import Scheduler, bytes_of, scheduler_of
 from .tasks import BlockTask, ExtendBlock, FitBlock
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 EXTENDING_BUFFERS = 5
 """The values that are read, and twice their motion in float64."""
-
-PROBE_BYTES = 5
-"""Per weight of the probe and epoch: its value, and whether it is finite."""
 
 
 def update(
@@ -148,7 +145,7 @@ def follow(
 def _require_settings(known: Decomposition, settings: Mapping[str, Any]) -> None:
     """Raise `InputError` where a fit was made with other settings than these."""
     for key, value in settings.items():
-        wanted = setting_of(checked_cut(value, key)) if key == "modes" else value
+        wanted = setting_of(checked_cut(value, key)) if key == "modes" and value is not None else value
         found = known.references if key == "references" else known.settings.get(key, wanted)
         if found != wanted and value is not None:
             raise InputError(
