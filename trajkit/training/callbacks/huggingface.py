@@ -23,7 +23,6 @@ try:
 except ImportError as error:
     raise ImportError("transformers is not installed; pip install 'trajkit[transformers]'") from error
 
-
 STATE_FILE = "trajkit_online_cmd.pt"
 
 
@@ -107,7 +106,7 @@ class RecorderCallback(TrainerCallback):  # type: ignore[misc]
         if not logged or (control.should_save and self.every_n_steps is None and not _is_whole(state)):
             self._commit(state, wait=control.should_save)
         else:  # a checkpoint may be saved next: only the copy that is held can be recorded again from it
-            self.recording.recorder.flush()
+            self.recording.flush()
 
     def _commit(self, state: TrainerState, wait: bool = False) -> None:
         if self.recording is not None:
@@ -159,6 +158,7 @@ class OnlineCMDCallback(TrainerCallback):  # type: ignore[misc]
         self._settings = {"warmup": warmup, "modes": modes, "use_buffers": use_buffers, **options}
         self._evaluate, self._apply_at_end = evaluate, apply_at_end
         self._modelling: TrainerCMD | None = None
+        self._evaluation: Any = None
 
     @property
     def cmd(self) -> OnlineCMD:
@@ -172,9 +172,11 @@ class OnlineCMDCallback(TrainerCallback):  # type: ignore[misc]
         modelling = self._modelling = TrainerCMD(model, self._run, self._settings)
         trainer, checkpoint = _training_of(self)
         if state.global_step:
-            _load(modelling, Path(checkpoint or _folder(trainer.args, state)))
-        if self._evaluate and not hasattr(trainer.evaluate, "__wrapped__"):
-            trainer.evaluate = self._modelled(trainer.evaluate)
+            folder = Path(checkpoint or _folder(trainer.args, state))
+            if not _load(modelling, folder):
+                warn_of_a_start(str(folder))
+        if self._evaluate and trainer.evaluate is not self._evaluation:  # it is, after a training that failed
+            self._evaluation = trainer.evaluate = self._modelled(trainer.evaluate)
 
     def on_step_begin(self, _args: TrainingArguments, state: TrainerState, *_: TrainerControl, **__: Any) -> None:
         """What the warm-up may have waited for can be recorded."""
@@ -203,13 +205,12 @@ class OnlineCMDCallback(TrainerCallback):  # type: ignore[misc]
         """Leave the CMD weights in the model."""
         self._settle(state)
         modelling = require_begun(self._modelling)
-        if self._apply_at_end:
-            if args.load_best_model_at_end and state.best_model_checkpoint:
-                _load(modelling, Path(state.best_model_checkpoint))
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if self._apply_at_end and (best is None or _load(modelling, Path(best))):
             modelling.leave(modelling.modelled())
-        if self._evaluate:
-            trainer = _training_of(self)[0]
-            trainer.evaluate = trainer.evaluate.__wrapped__
+        trainer, _checkpoint = _training_of(self)
+        if self._evaluation is not None and trainer.evaluate is self._evaluation:
+            trainer.evaluate = self._evaluation.__wrapped__
 
     def _modelled(self, evaluate: Any) -> Any:
         """The trainer's `evaluate`, with the CMD weights; callbacks are not told that it begins, nor that it fails."""
@@ -225,13 +226,14 @@ class OnlineCMDCallback(TrainerCallback):  # type: ignore[misc]
         require_begun(self._modelling).settle(lambda: self._run.settle(state) if self._run is not None else None)
 
 
-def _load(modelling: TrainerCMD, checkpoint: Path) -> None:
+def _load(modelling: TrainerCMD, checkpoint: Path) -> bool:
+    """Whether a checkpoint has a state of online CMD, which is loaded then."""
     try:
         state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        warn_of_a_start(str(checkpoint))
-    else:
-        modelling.load(state)
+        return False
+    modelling.load(state)
+    return True
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
