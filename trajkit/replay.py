@@ -116,7 +116,7 @@ class OnlineDecomposition(Decomposition):
 
     @cached_property
     def _moments(self) -> ReferenceMoments:
-        return ReferenceMoments.of(References(self.reference))
+        return ReferenceMoments.of(References(self.reference), self.settings.get("decay", 1.0))
 
     @cached_property
     def _later(self) -> tuple[_Taken, ...]:

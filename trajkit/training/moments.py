@@ -97,6 +97,7 @@ class ModelMoments:
         return {
             "members": [torch.from_numpy(values) for values in members],
             "count": references.count,
+            "decay": references.decay,
             "references": torch.from_numpy(np.stack([references.mean, references.power, references.values])),
             "shelves": [{**vars(shelf), "starts": dict(shelf.starts)} for shelf in self.shelves.values()],
         }
@@ -112,7 +113,7 @@ class ModelMoments:
             return _brought(shelf.part(slice(start + columns.start, start + columns.stop))).block
 
         mean, power, values = state["references"].numpy()
-        references = ReferenceMoments(state["count"], mean.copy(), power.copy())
+        references = ReferenceMoments(state["count"], mean.copy(), power.copy(), state["decay"])
         references.values = values.copy()
         functional = Functional(mean.size, *(member.numpy().copy() for member in state["members"]))
         return cls.of(entries, tensors, functional, references, source)
@@ -233,7 +234,7 @@ def take_tensor(weights: Tensor, shelf: Shelf, step: Step) -> bool:
     below = shelf.rest.to(torch.float32) * (mean * float(UNIT))
     moved = (weights - mean) - below
     for mode, product in zip(shelf.mode, shelf.products, strict=True):
-        product += moved * gain[mode.to(torch.int64)]
+        product.mul_(float(step.fade)).add_(moved * gain[mode.to(torch.int64)])
     more = below + moved * share
     new = mean + more
     back = new - mean

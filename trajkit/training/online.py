@@ -17,7 +17,7 @@ from ..kernels.affine import References
 from ..kernels.clustering import Cut, DistanceCut, checked_cut
 from ..kernels.fused import fit_block_fused
 from ..kernels.lines import Kind, ReferenceChoice, Weighting
-from ..kernels.running import ReferenceMoments, RunningBlock, checked_candidates
+from ..kernels.running import ReferenceMoments, RunningBlock, checked_candidates, checked_decay
 from ..kernels.sampling import Sampling
 from ..layout import ParameterLayout, TensorEntry
 from ..pipeline import fit
@@ -58,6 +58,9 @@ class OnlineCMD:
     reassign: of the two references with which a weight correlated most in the warm-up, its mode is the one with the
         larger correlation so far; a number chooses among so many. It takes 6 bytes a weight and 5 a candidate: 16
         instead of 11.
+    decay: an epoch after the warm-up counts for so many times what the next one does. With 1, as in the paper, a and b
+        are of all epochs; with 0.9 of the last ten or so, and the CMD weights are what an EMA of that decay gives, but
+        moved on along the modes.
     use_buffers: model floating buffers, such as BatchNorm's statistics, as weights are, variances at least 0; else the
         modelled model has the buffers of the trained one.
 
@@ -81,6 +84,7 @@ class OnlineCMD:
         references: Kind = "weight",
         weighting: Weighting | None = None,
         reassign: bool | int = False,
+        decay: float = 1.0,
         use_buffers: bool = False,
     ) -> None:
         if isinstance(warmup, bool) or not hasattr(warmup, "__index__") or warmup < 2:
@@ -91,6 +95,7 @@ class OnlineCMD:
             **SampleChoice(samples, sampling, seed).settings,
             **ReferenceChoice(references, weighting).settings,
             "reassign": checked_candidates(reassign),
+            "decay": checked_decay(decay),
         }
         self._use_buffers = bool(use_buffers)
         with placed("the model"):
@@ -300,7 +305,7 @@ class OnlineCMD:
         run, epochs = self._warm_up.whole()
         fitted = fit(run, **self._choices, epochs=epochs, online=True, scheduler="threads")
         references = References(fitted.reference)
-        moments = ReferenceMoments.of(references)
+        moments = ReferenceMoments.of(references, self._choices["decay"])
 
         def source(entry: TensorEntry, columns: slice) -> RunningBlock:
             if entry.kind == "weight":
