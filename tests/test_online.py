@@ -486,11 +486,23 @@ def test_a_state_of_other_settings_or_another_model_is_refused(digits_run: Run) 
         ({"samples": 0}, "samples is 0, expected an integer of at least 1"),
         ({"seed": -1}, "seed is -1"),
         ({"sampling": "fair"}, "sampling is 'fair', expected one of balanced"),
+        ({"references": "mean"}, "references is 'mean', expected one of weight, centroid, principal"),
+        ({"reassign": 0}, "reassign is 0, expected True, or a number"),
+        ({"reassign": "all"}, "reassign is 'all', expected True"),
+        ({"decay": 0}, "decay is 0, expected a number above 0"),
+        ({"decay": 1.5}, "decay is 1.5, expected a number above 0, at most 1"),
+        ({"decay": float("nan")}, "decay is nan"),
     ],
 )
 def test_a_wrong_setting_is_told_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         OnlineCMD(nn.Linear(2, 2), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"reassign": True}, {"decay": 0.9}])
+def test_only_an_online_fit_goes_on_from_its_epochs(settings: dict[str, Any], digits_run: Run) -> None:
+    with pytest.raises(InputError, match="reassign and decay are for online fits, .*; leave them out"):
+        fit(digits_run, **settings)
 
 
 def test_an_online_fit_is_not_updated(digits_run: Run) -> None:
