@@ -81,12 +81,10 @@ class ReferenceChoice:
     def refined(
         self, weights: NDArray[np.int64], trajectories: NDArray[np.floating[Any]], candidates: Candidates
     ) -> Functional:
-        """The references for modes that were found with single `weights` (M,), whose `trajectories` are (E, M).
+        """The references made of many for modes that were found with `weights` (M,), whose `trajectories` are (E, M).
 
         A mode that no candidate that moves is a member of keeps its single weight.
         """
-        if self.kind == "weight":
-            return Functional.of_weights(weights)
         motions = _Motions.of(candidates, self.weighting == "variance")
         if self.kind == "centroid":
             started = fit_block_fused(candidates.trajectories, References(trajectories))
