@@ -97,7 +97,8 @@ def test_a_centroid_is_the_mean_of_its_members_turned_by_their_signs(weighting: 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("n_modes", [2, 5, 6])
 def test_a_principal_trajectory_is_that_of_k_lines(weighting: Any, n_modes: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(lines, "ENOUGH", 10**9)  # all rounds on all weights
+    monkeypatch.setattr(lines, "ENOUGH", 10**9)  # all rounds on all weights,
+    monkeypatch.setattr(lines, "POWER_STEPS", 200)  # each to its end
     matrix = correlated(30, 900, seed=1).astype(np.float64)
     model = CMD(n_modes, 300, references="principal", weighting=weighting, random_state=0).fit(matrix.T)
     paper = CMD(n_modes, 300, random_state=0).fit(matrix.T)
