@@ -332,7 +332,7 @@ def test_what_a_fit_of_single_weights_stores_is_what_it_was(digits_run: Run) -> 
     decomposition = fit(digits_run, samples=200)
     assert "n_members" not in decomposition.stored.attributes
     folder = Path(digits_run.path) / "fits/modes10/0"
-    assert not list(folder.glob("member*"))
+    assert not [*folder.glob("members"), *folder.glob("terms")]
     assert decomposition.references == "weight"
     assert decomposition.functional.is_weights
     np.testing.assert_array_equal(decomposition.functional.index, decomposition.reference_index)
@@ -341,15 +341,15 @@ def test_what_a_fit_of_single_weights_stores_is_what_it_was(digits_run: Run) -> 
 # --- What is damaged, or cannot be
 
 
-@pytest.mark.parametrize("array", ["index", "mode", "origin", "coefficient"])
+@pytest.mark.parametrize("array", ["members", "terms"])
 def test_damage_of_a_member_array_is_found(array: str, digits_run: Run) -> None:
     fit(digits_run, references="centroid", name="a", samples=200)
     assert verify(digits_run.path, level="full").sound
-    (stored,) = (Path(digits_run.path) / f"fits/a/0/member_{array}/c").iterdir()
+    (stored,) = (Path(digits_run.path) / f"fits/a/0/{array}/c/0").iterdir()
     data = bytearray(stored.read_bytes())
     data[100] ^= 1
     stored.write_bytes(data)
-    with pytest.raises(DamagedRunError, match=f"member_{array}"):
+    with pytest.raises(DamagedRunError, match=f"fit 'a': .*{array}"):
         open_run(digits_run.path).fit("a").reference_at([3])
     assert not verify(digits_run.path, level="full").sound
 
