@@ -354,6 +354,17 @@ def test_damage_of_a_member_array_is_found(array: str, digits_run: Run) -> None:
     assert not verify(digits_run.path, level="full").sound
 
 
+def test_an_update_beyond_float32_says_so(make_run: MakeRun) -> None:
+    matrix = np.full((8, 60), 1e-30, np.float32) * correlated(8, 60)
+    run = make_run(matrix[:5])
+    fit(run, modes=2, name="a", references="centroid", updatable=True)
+    matrix[7] = 1e30
+    run = grow(run, matrix)
+    with pytest.raises(InputError, match="the references of fit 'a' have moved beyond what float32 holds"):
+        update(run, "a")
+    assert len(run.fit("a").epochs) == 5
+
+
 def test_members_of_modes_that_there_are_not_are_refused() -> None:
     functional = Functional(2, np.arange(2), np.array([0, 2], np.uint16), np.zeros(2), np.ones(2))
     with pytest.raises(ValueError, match="a reference has mode 2, but there are 2"):
