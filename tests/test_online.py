@@ -501,7 +501,7 @@ def test_a_wrong_setting_is_told_at_once(settings: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("settings", [{"reassign": True}, {"decay": 0.9}])
 def test_only_an_online_fit_goes_on_from_its_epochs(settings: dict[str, Any], digits_run: Run) -> None:
-    with pytest.raises(InputError, match="reassign and decay are for online fits, .*; leave them out"):
+    with pytest.raises(InputError, match=r"reassign and decay are for online fits, .*; leave them out"):
         fit(digits_run, **settings)
 
 

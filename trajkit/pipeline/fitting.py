@@ -40,6 +40,9 @@ Progress = Callable[[int, int], None]
 SAMPLE_BYTES = 40
 """Per sample and epoch: the recorded value, and those that the correlations are made of, in float64."""
 
+GRAMS = 3
+"""Matrices of products of epochs, or of members, where references are made of many."""
+
 MEMBER_BYTES = 48
 """Per candidate and epoch, where references are made of many: recorded values, and directions in float64."""
 
@@ -155,6 +158,8 @@ class Resources:
         n_probe = run.probe_index.size
         per_epoch = 4 * n_probe + SAMPLE_BYTES * shape.n_samples + (MEMBER_BYTES * n_probe if shape.n_members else 0)
         step1 = clustering_bytes(shape.n_samples) + shape.n_epochs * per_epoch
+        if shape.n_members:
+            step1 += GRAMS * 8 * min(shape.n_epochs, n_probe) ** 2
         return self.plan(run, shape, shape.n_epochs, open_device(self.device).buffers, step1)
 
     def plan(self, run: Run, shape: FitShape, n_epochs: int, buffers: int, step1_bytes: int = 0) -> BlockPlan:

@@ -111,7 +111,10 @@ def choose(
     require_finite(run, probe, np.isfinite(candidates.trajectories))
     with threadpool_limits(1, user_api="blas"):
         functional = references.refined(weights, found, candidates)
-    values: NDArray[np.float32] = functional.values(run.columns(functional.index, rows))
+    places = np.minimum(np.searchsorted(probe, functional.index), probe.size - 1)
+    inside = np.array_equal(probe[places], functional.index)
+    members = candidates.trajectories[:, places] if inside else run.columns(functional.index, rows)
+    values: NDArray[np.float32] = functional.values(members)
     return functional, values
 
 
