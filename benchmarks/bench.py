@@ -53,6 +53,7 @@ def gpu() -> list[str]:
 def parts(cache: Path) -> dict[str, Callable[[], list[str]]]:
     return {
         "small": lambda: fit.against_reading(cache / "mnist", 7, official_too=True),
+        "kinds": lambda: fit.kinds(cache / "mnist"),
         "large": lambda: fit.against_reading(run_of(cache, 11_000_000, 100), 3, official_too=True),
         "coded": lambda: fit.against_reading(run_of(cache, 4_000_000, 40, bfloat16=True), 5, official_too=False),
         "kernels": fit.kernels,

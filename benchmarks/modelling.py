@@ -59,6 +59,7 @@ WAYS: dict[str, Weights] = {
 }
 NAMES = {
     "embedded": "embedded CMD, L = 10, P = 10",
+    "embedded-centroid": "embedded CMD, centroid references, decay 0.9",
     "overwriting": "naive: all weights overwritten every 20 epochs",
     "references": "naive: only the references trained after the warm-up",
 }
@@ -125,14 +126,15 @@ def modelling(cache: Path) -> list[str]:
     every = [scores(run, "lenet5", cache, WAYS, run.epochs.tolist()[-LAST:], {}) for run in plain]
     found = {TRAINED: [last_accuracies(run) for run in plain]}
     found |= {name: [each[name] for each in every] for name in WAYS}
-    shares = []
+    saved = {}
+    epochs = EPOCHS["lenet5"]
     for embedding, name in NAMES.items():
         runs = recorded(cache, "lenet5", "adam", embedding)
-        found[name] = [last_accuracies(run) for run in runs]
-        if embedding == "embedded":
+        if runs:
+            found[name] = [last_accuracies(run) for run in runs]
+        if embedding.startswith("embedded"):
             shares = [[run.metrics[epoch]["embedded"] for epoch in run.epochs.tolist()] for run in runs]
-    epochs = EPOCHS["lenet5"]
-    saved = [sum(share[:-1]) / epochs for share in shares]  # a record holds the share at the epoch's end
+            saved[name] = [sum(share[:-1]) / epochs for share in shares]  # a record has the share at the epoch's end
     return [
         f"## CMD beside a training: LeNet-5 (62,006 weights), CIFAR-10, Adam 1e-3, batch 128, {epochs} epochs",
         "",
@@ -144,8 +146,8 @@ def modelling(cache: Path) -> list[str]:
         "|---|---|---|---|---|",
         *rows(found, found[TRAINED]),
         "",
-        f"Embedded CMD saved {mean_and_spread(saved)} % of the trained weights; by its schedule"
-        f" {100 * statistics.mean(schedule(epochs, WARMUP)):.2f} %.",
+        *(f"- Trained weights that {name} saved: {mean_and_spread(each)} %." for name, each in saved.items() if each),
+        f"- By the schedule of embedded CMD: {100 * statistics.mean(schedule(epochs, WARMUP)):.2f} %.",
     ]
 
 
