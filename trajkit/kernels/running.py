@@ -71,11 +71,12 @@ class ReferenceMoments:
     def take(self, values: NDArray[np.floating]) -> Step:
         """Take the references' (M,) values at one more epoch; what that does to the weights."""
         self.values = values.astype(np.float64)
-        moved = self.values - self.mean
         self.count = self.decay * self.count + 1
-        self.mean = self.mean + moved / self.count
-        gain = self.values - self.mean
-        self.power = self.decay * self.power + moved * gain
+        with np.errstate(invalid="ignore"):  # an infinite reference: whoever takes the weights tells of it
+            moved = self.values - self.mean
+            self.mean = self.mean + moved / self.count
+            gain = self.values - self.mean
+            self.power = self.decay * self.power + moved * gain
         return Step(np.float32(1.0 / self.count), np.float32(self.decay), gain.astype(np.float32))
 
     def per_power(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
