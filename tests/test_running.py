@@ -139,6 +139,27 @@ def test_a_reference_that_stands_still_models_nothing_until_it_moves() -> None:
     assert np.all(np.isfinite(block.solved(moments)[1]))
 
 
+@pytest.mark.parametrize("decay", [0.99, 0.9, 0.5])
+def test_scales_stay_sensible_where_nothing_moves_any_more(decay: float) -> None:
+    trajectories = correlated(40, 2000)
+    moments, block = started(trajectories, decay=decay)
+    largest = np.abs(block.solved(moments)[1]).max()
+    modelled = np.empty(2000, np.float32)
+    for epoch in range(WARMUP, 5000):
+        weights = trajectories[min(epoch, 39)]
+        block.take(weights, moments.take(weights[INDEX]))
+        if epoch < 40:
+            largest = max(largest, np.abs(block.solved(moments)[1]).max())
+    block.modelled(moments, modelled)
+    assert np.abs(block.solved(moments)[1]).max() <= 2 * largest
+    np.testing.assert_allclose(modelled, weights, rtol=3e-7)
+    weights = weights + trajectories[1] - trajectories[0]
+    block.take(weights, moments.take(weights[INDEX]))
+    block.modelled(moments, modelled)
+    np.testing.assert_allclose(modelled[INDEX], weights[INDEX], rtol=1e-6)
+    assert np.isfinite(modelled).all()
+
+
 @pytest.mark.parametrize("candidates", [1, 2, 3])
 def test_torch_and_compiled_code_give_the_same_bits(candidates: int) -> None:
     trajectories = correlated(45, 2000)

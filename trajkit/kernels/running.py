@@ -34,6 +34,8 @@ TILE = 512
 UNIT = np.float32(2.0**-39)
 """Of the mean: what a step of its `rest` is. Half a unit in the last place of a float32 is at most 2¹⁵ of these."""
 MOST = np.float32(32767.0)
+ROUNDING = 2.0**-40
+"""Of the mean of a reference: less than any step of a float32, more than what a mean in float64 is wrong by."""
 ROUNDER = np.float32(1.5 * 2**23)
 """Added and subtracted again, it rounds a float32 of at most 2²² to an integer, halves to even ones."""
 
@@ -71,16 +73,18 @@ class ReferenceMoments:
     def take(self, values: NDArray[np.floating]) -> Step:
         """Take the references' (M,) values at one more epoch; what that does to the weights."""
         self.values = values.astype(np.float64)
-        moved = self.values - self.mean
         self.count = self.decay * self.count + 1
-        self.mean = self.mean + moved / self.count
-        gain = self.values - self.mean
-        self.power = self.decay * self.power + moved * gain
+        with np.errstate(invalid="ignore"):  # an infinite reference: whoever takes the weights tells of it
+            moved = self.values - self.mean
+            self.mean = self.mean + moved / self.count
+            gain = self.values - self.mean
+            self.power = self.decay * self.power + moved * gain
         return Step(np.float32(1.0 / self.count), np.float32(self.decay), gain.astype(np.float32))
 
     def per_power(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(M,) values / power; 0 for a reference that has not moved."""
-        return np.divide(values, self.power, out=np.zeros_like(self.power), where=self.power > 0)
+        """(M,) values / power; 0 for a reference that has not moved, or so long ago that a decay left but rounding."""
+        rounding = self.count * (ROUNDING * self.mean) ** 2
+        return np.divide(values, self.power, out=np.zeros_like(self.power), where=self.power > rounding)
 
     @property
     def per_length(self) -> NDArray[np.float32]:

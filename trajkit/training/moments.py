@@ -73,6 +73,10 @@ class ModelMoments:
         self._blocks = [(shelf, shelf.block) for device, shelf in shelves.items() if device.type == "cpu"]
         self._parts: dict[tuple[str, int, int], RunningBlock] = {}
 
+    def __reduce__(self) -> Any:
+        # Made anew: in a copy, the arrays that stand for the tensors on the host would have memory of their own.
+        return ModelMoments, (self.entries, self.functional, self.references, self.shelves)
+
     @classmethod
     def of(
         cls,

@@ -166,8 +166,9 @@ class OnlineCMD:
     def update_parameters(self, model: Model) -> None:
         """Take the weights of the model, once an epoch.
 
-        The last one of the warm-up takes the time of a fit. Raises `InputError` for weights that are not finite, after
-        which the state has to be loaded from before; `LayoutError` where the model has changed.
+        The last one of the warm-up takes the time of a fit; where that fails or is interrupted, the next call
+        begins with it. Raises `InputError` for weights that are not finite; `LayoutError` where the model has changed.
+        After an update that failed or was interrupted later, the state has to be loaded from before.
         """
         self._require_own_weights()
         self._require_usable()
@@ -175,18 +176,22 @@ class OnlineCMD:
         tensors = self.tensors_of(model)
         if self._moments is None:
             self._warm_up.add(tensors)
-            if self.n_updates + 1 == self.warmup and not self._warm_up.is_late:
-                self._moments = self._fitted(tensors)
-        elif name := self._moments.take(tensors):
-            self._broken = f"'{name}' was not finite at update {self.n_updates}"
+        else:
+            self._broken = (
+                f"update {self.n_updates} did not end, so that some weights have taken it and others have not"
+            )
+            name = self._moments.take(tensors)
+            self._broken = f"'{name}' was not finite at update {self.n_updates}" if name else None
             self._require_usable()
         self.n_updates += 1
         self._model = model
+        if not self._warm_up.is_late:
+            self.end_warm_up()
         if self._module is not None:
             self._refresh(self._module)
 
     def end_warm_up(self) -> None:
-        """Choose the modes, where the last update could not, as its epoch is recorded later (`LateRecording`)."""
+        """Choose the modes, where the last update could not: its epoch comes later (`LateRecording`), or it failed."""
         if self._moments is None and self.n_updates == self.warmup:
             self._moments = self._fitted(self.tensors_of(self._model))
 
@@ -243,14 +248,10 @@ class OnlineCMD:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where a state was taken; raises `InputError` for one of other settings, or of another model."""
-        if not isinstance(state_dict, Mapping) or state_dict.get("version") != STATE_VERSION:
-            raise InputError("this is no state of OnlineCMD, expected what its state_dict() gave; load that one")
+        require_state(state_dict, STATE_VERSION, "OnlineCMD")
         if state_dict["layout"] != self._layout.digest:
             raise LayoutError("the state is of a model with other tensors, expected this one's; load the state of it")
-        for name in sorted(state_dict["settings"] | self._settings):
-            found, mine = state_dict["settings"].get(name), self._settings.get(name)
-            if found != mine:
-                raise InputError(f"the state was taken with {name}={found!r}, this has {mine!r}; make it the same")
+        require_same_settings(state_dict["settings"], self._settings)
         if "warm_up" in state_dict:
             self._warm_up.load(state_dict["warm_up"])
             self._moments = None
@@ -279,7 +280,9 @@ class OnlineCMD:
 
     def _require_usable(self) -> None:
         if self._broken:
-            raise InputError(f"{self._broken}, expected finite weights; load_state_dict a state from before")
+            raise InputError(
+                f"{self._broken}, expected whole epochs of finite weights; load_state_dict a state from before"
+            )
 
     def tensors_of(self, model: Model) -> dict[str, Tensor]:
         """The tensors that are modelled, by name; raises `LayoutError` where they have changed."""
@@ -339,6 +342,7 @@ class OnlineCMD:
         self.write(self.tensors_of(module))
 
     def _gathered(self) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.float64]]:
+        self._require_usable()
         n, moments = self._layout.n_weights, self.moments
         mode, scale, offset = np.empty(n, np.uint16), np.empty(n, np.float32), np.empty(n)
         for entry, block in moments.host_blocks():
@@ -346,6 +350,22 @@ class OnlineCMD:
                 here = slice(entry.offset, entry.stop)
                 mode[here], scale[here], offset[here] = block.solved(moments.references)
         return mode, scale, offset
+
+
+def require_state(state_dict: Any, version: int, kind: str) -> None:
+    """Raise `InputError` for what is no state of this kind and version."""
+    is_state = isinstance(state_dict, Mapping) and {"version", "settings"} <= state_dict.keys()
+    if not is_state or state_dict["version"] != version:
+        raise InputError(f"this is no state of {kind}, expected what its state_dict() gave; load that one")
+
+
+def require_same_settings(found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise `InputError` naming a setting of a state that is another one here."""
+    for name in sorted({*found, *mine}):
+        if found.get(name) != mine.get(name):
+            raise InputError(
+                f"the state was taken with {name}={found.get(name)!r}, this has {mine.get(name)!r}; make it the same"
+            )
 
 
 def _layout(model: Model) -> ParameterLayout:
