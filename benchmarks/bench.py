@@ -3,7 +3,7 @@
     python benchmarks/bench.py CACHE [PART …]
 
 CACHE is the folder with the recorded trainings (mnist_mlp.py, trainings.py); synthetic runs are recorded there, some of
-them for the moment. Without a PART all are done but `modelling`, whose trainings take hours.
+them for the moment. Without a PART all are done but `modelling` and `references`, whose trainings take hours.
 Everything is compared in the same process, in turn; the archives are in the page cache.
 """
 
@@ -20,6 +20,7 @@ import integrity
 import modelling
 import online
 import recording
+import references
 import scaling
 import synthetic
 from measure import MACHINE
@@ -52,6 +53,7 @@ def gpu() -> list[str]:
 def parts(cache: Path) -> dict[str, Callable[[], list[str]]]:
     return {
         "small": lambda: fit.against_reading(cache / "mnist", 7, official_too=True),
+        "kinds": lambda: fit.kinds(cache / "mnist"),
         "large": lambda: fit.against_reading(run_of(cache, 11_000_000, 100), 3, official_too=True),
         "coded": lambda: fit.against_reading(run_of(cache, 4_000_000, 40, bfloat16=True), 5, official_too=False),
         "kernels": fit.kernels,
@@ -64,6 +66,7 @@ def parts(cache: Path) -> dict[str, Callable[[], list[str]]]:
         "recording": lambda: recording.recording(cache),
         "online": online.online,
         "modelling": lambda: modelling.modelling(cache),
+        "references": lambda: references.references(cache),
         "gpu": gpu,
     }
 
@@ -76,7 +79,7 @@ def main() -> None:
     every = parts(arguments.cache)
     written = RESULTS.read_text() if RESULTS.exists() else ""
     found = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n(?=<!--|\Z)", written, flags=re.DOTALL))
-    for name in arguments.part or [part for part in every if part != "modelling"]:
+    for name in arguments.part or [part for part in every if part not in ("modelling", "references")]:
         found[name] = "\n".join(every[name]()) + "\n"
         print(found[name], flush=True)
         body = "\n".join(f"<!-- {part} -->\n{found[part]}" for part in every if part in found)

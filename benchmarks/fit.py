@@ -6,6 +6,7 @@ import os
 import shutil
 import statistics
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import dask
@@ -36,6 +37,20 @@ OFFICIAL = "the official code's way, weights already in memory"
 def fit_and_remove(run: trajkit.Run | Path, **settings: object) -> None:
     fitted = trajkit.fit(run, name="benchmark", **settings)  # type: ignore[arg-type]
     shutil.rmtree(fitted.run.path / "fits" / "benchmark")
+
+
+def kinds(path: Path) -> list[str]:
+    """What a fit takes with references of one weight and of many."""
+    lines = ["## A fit with references of many weights, 1,333,770 weights × 40 epochs", ""]
+    for modes in (2, 5, 10, 30):
+        actions = {
+            f"`fit(path, modes={modes}, references={kind!r})`": partial(
+                fit_and_remove, path, modes=modes, references=kind
+            )
+            for kind in ("weight", "centroid", "principal")
+        }
+        lines += [*table(in_turn(2 * ROUNDS, actions), next(iter(actions))), ""]
+    return lines
 
 
 def bare_read(run: trajkit.Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import statistics
 import tempfile
@@ -9,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from models import MODELS
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from trainings import EPOCHS, WARMUP, Images, accuracy, recorded
 
 import trajkit
@@ -18,6 +21,9 @@ from trajkit.training.embedded import schedule
 
 LAST = 10
 """Epochs at the end over which an accuracy is averaged; that of a single one depends on chance by half a point."""
+
+BATCHES = 40
+"""By which BatchNorm's statistics are estimated."""
 
 TRAINED = "trained weights"
 
@@ -47,32 +53,56 @@ WAYS: dict[str, Weights] = {
     "SWA, from 75 % of the epochs on": swa,
     "post-hoc CMD, M = 10": post_hoc(modes=10),
     "online CMD, M = 10": online(modes=10),
-    "online CMD, M = 10, modes re-assigned": online(modes=10, updatable=True),
+    "online CMD, M = 10, modes re-assigned": online(modes=10, reassign=10),
+    "online CMD, M = 10, centroid references, modes re-assigned": online(modes=10, references="centroid", reassign=10),
+    "the same, 2 candidates, decay 0.9": online(modes=10, references="centroid", reassign=True, decay=0.9),
 }
 NAMES = {
     "embedded": "embedded CMD, L = 10, P = 10",
+    "embedded-centroid": "embedded CMD, centroid references, decay 0.9",
     "overwriting": "naive: all weights overwritten every 20 epochs",
     "references": "naive: only the references trained after the warm-up",
 }
 
 
-def accuracies(run: trajkit.Run, model: str, cache: Path, ways: Mapping[str, Weights]) -> dict[str, list[float]]:
-    """At each of the last epochs, of the weights made in each way."""
+def scores(
+    run: trajkit.Run,
+    model: str,
+    cache: Path,
+    ways: Mapping[str, Weights],
+    epochs: Sequence[int],
+    explained: dict[str, float],
+) -> dict[str, list[float]]:
+    """Test accuracies at some epochs of the weights made in each way; `explained` takes what each fit explains."""
     images, module = Images.of(model, cache), MODELS[model]()
 
     def scored(state_dict: StateDict) -> float:
         module.load_state_dict(state_dict)
+        estimate_batch_statistics(module, images)
         return accuracy(module, images.test)
 
+    found = {}
     with tempfile.TemporaryDirectory() as folder:  # fits of another version of this stay out of the recorded run
         copy = trajkit.open_run(shutil.copytree(run.path, Path(folder) / "run"))
-        epochs = copy.epochs.tolist()[-LAST:]
-        return {name: [scored(state_dict) for state_dict in way(copy, epochs)] for name, way in ways.items()}
+        for name, way in ways.items():
+            before = set(copy.fits)
+            found[name] = [scored(state_dict) for state_dict in way(copy, epochs)]
+            for made in set(copy.fits) - before:
+                explained[name] = copy.fit(made).quality.variance_explained
+    return found
+
+
+def estimate_batch_statistics(module: nn.Module, images: Images) -> None:
+    """Of BatchNorm, on some training images, the same for all ways."""
+    if any(isinstance(layer, nn.BatchNorm2d) for layer in module.modules()):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            update_bn(itertools.islice(images.epoch(), BATCHES), module)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{100 * statistics.mean(values):.2f} ± {100 * spread:.2f}"
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def rows(found: Mapping[str, Sequence[Sequence[float]]], base: Sequence[Sequence[float]]) -> list[str]:
@@ -93,17 +123,18 @@ def gain(seeds: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> s
 def modelling(cache: Path) -> list[str]:
     """LeNet-5 and Adam, the experiment of the paper at a smaller size; trainings.py has recorded the trainings."""
     plain = recorded(cache, "lenet5", "adam")
-    every = [accuracies(run, "lenet5", cache, WAYS) for run in plain]
+    every = [scores(run, "lenet5", cache, WAYS, run.epochs.tolist()[-LAST:], {}) for run in plain]
     found = {TRAINED: [last_accuracies(run) for run in plain]}
     found |= {name: [each[name] for each in every] for name in WAYS}
-    shares = []
+    saved = {}
+    epochs = EPOCHS["lenet5"]
     for embedding, name in NAMES.items():
         runs = recorded(cache, "lenet5", "adam", embedding)
-        found[name] = [last_accuracies(run) for run in runs]
-        if embedding == "embedded":
+        if runs:
+            found[name] = [last_accuracies(run) for run in runs]
+        if embedding.startswith("embedded"):
             shares = [[run.metrics[epoch]["embedded"] for epoch in run.epochs.tolist()] for run in runs]
-    epochs = EPOCHS["lenet5"]
-    saved = [sum(share[:-1]) / epochs for share in shares]  # a record holds the share at the epoch's end
+            saved[name] = [sum(share[:-1]) / epochs for share in shares]  # a record has the share at the epoch's end
     return [
         f"## CMD beside a training: LeNet-5 (62,006 weights), CIFAR-10, Adam 1e-3, batch 128, {epochs} epochs",
         "",
@@ -115,8 +146,8 @@ def modelling(cache: Path) -> list[str]:
         "|---|---|---|---|---|",
         *rows(found, found[TRAINED]),
         "",
-        f"Embedded CMD saved {mean_and_spread(saved)} % of the trained weights; by its schedule"
-        f" {100 * statistics.mean(schedule(epochs, WARMUP)):.2f} %.",
+        *(f"- Trained weights that {name} saved: {mean_and_spread(each)} %." for name, each in saved.items() if each),
+        f"- By the schedule of embedded CMD: {100 * statistics.mean(schedule(epochs, WARMUP)):.2f} %.",
     ]
 
 

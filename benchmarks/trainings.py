@@ -40,6 +40,9 @@ EPOCHS = {"lenet5": 100, "resnet8": 50, "mlp": 50}
 
 EMBEDDINGS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, Path], Any]] = {
     "embedded": lambda model, optimizer, run: trajkit.EmbeddedCMD(model, optimizer, warmup=WARMUP, run=run),
+    "embedded-centroid": lambda model, optimizer, run: trajkit.EmbeddedCMD(
+        model, optimizer, warmup=WARMUP, run=run, references="centroid", decay=0.9
+    ),
     "overwriting": lambda model, _, run: OverwritingCMD(model, warmup=WARMUP, run=run),
     "references": lambda model, optimizer, run: ReferencesOnly(model, optimizer, warmup=WARMUP, run=run),
 }

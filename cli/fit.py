@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
 import trajkit
 
@@ -204,12 +204,13 @@ def echo_fit(
         return
     functional = fitted.functional
     if fitted.references == "weight":
-        what, found = "reference weight", functional.index
+        what, found = "reference weight", functional.index.tolist()
     else:
-        what, found = f"{fitted.references} of", np.bincount(functional.mode, minlength=functional.n_modes)
+        sizes = Counter(functional.mode.tolist())
+        what, found = f"{fitted.references} of", [sizes[mode] for mode in range(functional.n_modes)]
     rows = [
         [str(mode), str(value), str(part.weights), number(part.variance_explained), number(part.last_epoch_error)]
-        for mode, (value, part) in enumerate(zip(found.tolist(), fitted.quality_by_mode, strict=True))
+        for mode, (value, part) in enumerate(zip(found, fitted.quality_by_mode, strict=True))
     ]
     echo_table(["mode", what, "weights", "variance explained", "last-epoch error"], rows)
     short = isinstance(modes, int) and fitted.n_modes < modes

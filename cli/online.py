@@ -32,6 +32,13 @@ from .output import progress
 @click.option(
     "--reassign", is_flag=True, help="A weight's mode is the better one so far of its two best in the warm-up."
 )
+@click.option(
+    "--decay",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="An epoch after the warm-up counts for so many times what the next one does.",
+)
 @click.option("--name", help="Of the fit in the run.  [default: online10 or the like]")
 @click.option(
     "--memory", metavar="BYTES", help="What the fit may use, such as 2GiB.  [default: a quarter of what is free]"
@@ -47,6 +54,7 @@ def online(
     references: str,
     weighting: str | None,
     reassign: bool,
+    decay: float,
     name: str | None,
     memory: str | None,
     quiet: bool,
@@ -83,6 +91,7 @@ def online(
             weighting=weighting,  # type: ignore[arg-type]
             online=True,
             reassign=reassign,
+            decay=decay,
             memory=memory,
         )
     echo_fit(run, fitted, modes, time.perf_counter() - began, as_json)

@@ -352,6 +352,7 @@ FIT_LIES = {
     "settings": (None, "x"),
     "n_samples": (None, -1, 0, True, 2**60, 10**19),
     "updatable": (None, 1, False),
+    "n_members": (None, 0, -1, True, 7, 2**60),
 }
 FITS = (
     [

@@ -68,6 +68,10 @@ def test_online_cmd_is_replayed_and_evaluated_like_a_fit(digits_path: Path) -> N
     assert early["modelled"] == early["recorded"]
     assert late["modelled"] != late["recorded"]
     assert late["modelled"]["test_accuracy"] > 0.9
+    exported = digits_path.parent / "cmd.safetensors"
+    invoke("export", digits_path, "--fit", "online4", "--epoch", 30, "-o", exported)
+    modelled = open_run(digits_path).fit("online4").state_dict(30)
+    assert all(torch.equal(tensor, modelled[name]) for name, tensor in load_file(exported).items())
     assert invoke_json("online", digits_path, "--reassign", "-q")["settings"]["online"]
 
 

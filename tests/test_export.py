@@ -61,6 +61,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[State
                 model.norm(torch.randn(8, 4))
                 model.mask.logical_not_()  # type: ignore[operator]
     fit(path, modes=3, name="three")
+    fit(path, modes=2, epochs=range(3), online=True)
     return path, states
 
 
@@ -105,7 +106,9 @@ WAYS: dict[str, tuple[str, dict[str, Any], Callable[[Path, State], State]]] = {
 }
 
 
-@pytest.mark.parametrize("source", [{}, {"fit": "three"}, {"average": "last:3"}, {"ema": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "source", [{}, {"fit": "three"}, {"fit": "online2"}, {"average": "last:3"}, {"ema": 0.5}], ids=str
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_exported_is_loaded_bit_for_bit(
     way: str, source: dict[str, Any], recorded: tuple[Path, list[State]], tmp_path: Path

@@ -190,9 +190,9 @@ def test_a_training_that_is_killed_and_resumed_leaves_the_run_of_one_that_was_no
     first = RecorderCallback(tmp_path / "run", every_n_steps=every)
     with pytest.raises(KeyboardInterrupt):
         trainer_of(tmp_path, Killed(event, 6), first, **how).train()
-    assert first._recording is not None
-    first._recording.drop()  # as if the process had died
-    first._recording.close()
+    assert first.recording is not None
+    first.recording.drop()  # as if the process had died
+    first.recording.close()
     trainer = trainer_of(tmp_path, RecorderCallback(tmp_path / "run", every_n_steps=every), **how)
     trainer.train(resume_from_checkpoint=True)
     run, whole = open_run(tmp_path / "run"), open_run(tmp_path / "whole/run")

@@ -193,9 +193,9 @@ def test_a_fit_that_is_killed_and_resumed_leaves_the_run_of_one_that_was_not(
     first.on_exception = lambda *_: None  # type: ignore[method-assign]  # a process that dies does nothing more
     with pytest.raises(SystemError):
         fit(tmp_path, first, Killed(hook, 1), checkpoints(tmp_path))
-    assert first._recording is not None
-    first._recording.drop()
-    first._recording.close()
+    assert first.recording is not None
+    first.recording.drop()
+    first.recording.close()
     recorder = RecorderCallback(tmp_path / "run", every_n_steps=every)
     fit(tmp_path, recorder, checkpoints(tmp_path), ckpt_path=tmp_path / "saved/last.ckpt")
     run, whole = open_run(tmp_path / "run"), open_run(tmp_path / "whole")

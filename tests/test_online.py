@@ -111,7 +111,7 @@ KINDS: list[dict[str, Any]] = [
     {},
     {"reassign": True},
     {"reassign": 10, "references": "centroid"},
-    {"references": "principal"},
+    {"references": "principal", "reassign": True, "decay": 0.9},
 ]
 
 
@@ -121,15 +121,18 @@ def test_online_references_of_many_weights_are_a_fit_of_all_epochs(settings: dic
     early = fit(digits_run, epochs=range(WARMUP), online=True, **settings)
     r = early.functional.values(digits_run.columns(early.functional.index, digits_run.rows_of(None))).astype(np.float64)
     w = digits_run.weights[:].astype(np.float64)
-    r, w = r - r.mean(0), w - w.mean(0)
-    scale = (w * r[:, cmd.mode]).sum(0) / (r**2).sum(0)[cmd.mode]
+    counts = settings.get("decay", 1.0) ** np.minimum(EPOCHS - 1 - np.arange(EPOCHS), EPOCHS - WARMUP)[:, None]
+    r, w = r - (counts * r).sum(0) / counts.sum(), w - (counts * w).sum(0) / counts.sum()
+    power = (counts * r**2).sum(0)
+    scale = (counts * w * r[:, cmd.mode]).sum(0) / power[cmd.mode]
     moving = np.ptp(digits_run.weights[:], axis=0) > 0
     assert moving.mean() > 0.9
-    error = (np.abs(cmd.scale - scale) * r.std(0)[cmd.mode])[moving] / w.std(0)[moving]
+    spread = np.sqrt((counts * w**2).sum(0))
+    error = (np.abs(cmd.scale - scale) * np.sqrt(power)[cmd.mode])[moving] / spread[moving]
     assert error.max() < 1e-5
     assert np.all(cmd.scale[~moving] == 0)
     if settings.get("reassign") == 10:
-        best = np.abs(r.T @ w / np.linalg.norm(r, axis=0)[:, None]).argmax(0)
+        best = np.abs(r.T @ w / np.sqrt(power)[:, None]).argmax(0)
         np.testing.assert_array_equal(cmd.mode[moving], best[moving])
     elif not settings.get("reassign"):
         np.testing.assert_array_equal(cmd.mode, early.mode)
@@ -507,11 +510,23 @@ def test_a_state_of_other_settings_or_another_model_is_refused(digits_run: Run) 
         ({"samples": 0}, "samples is 0, expected an integer of at least 1"),
         ({"seed": -1}, "seed is -1"),
         ({"sampling": "fair"}, "sampling is 'fair', expected one of balanced"),
+        ({"references": "mean"}, "references is 'mean', expected one of weight, centroid, principal"),
+        ({"reassign": 0}, "reassign is 0, expected True, or a number"),
+        ({"reassign": "all"}, "reassign is 'all', expected True"),
+        ({"decay": 0}, "decay is 0, expected a number above 0"),
+        ({"decay": 1.5}, "decay is 1.5, expected a number above 0, at most 1"),
+        ({"decay": float("nan")}, "decay is nan"),
     ],
 )
 def test_a_wrong_setting_is_told_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         OnlineCMD(nn.Linear(2, 2), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"reassign": True}, {"decay": 0.9}])
+def test_only_an_online_fit_goes_on_from_its_epochs(settings: dict[str, Any], digits_run: Run) -> None:
+    with pytest.raises(InputError, match=r"reassign and decay are for online fits, .*; leave them out"):
+        fit(digits_run, **settings)
 
 
 def test_an_online_fit_is_not_updated(digits_run: Run) -> None:

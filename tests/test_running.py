@@ -19,11 +19,13 @@ WARMUP = 20
 INDEX = np.array([3, 700, 1500])
 
 
-def started(trajectories: NDArray[np.float32], candidates: int = 1) -> tuple[ReferenceMoments, RunningBlock]:
+def started(
+    trajectories: NDArray[np.float32], candidates: int = 1, decay: float = 1.0
+) -> tuple[ReferenceMoments, RunningBlock]:
     """What is kept after the first 20 epochs."""
     references = References(trajectories[:WARMUP, INDEX])
     fitted = fit_block(trajectories[:WARMUP], references, every=candidates > 1)
-    moments = ReferenceMoments.of(references)
+    moments = ReferenceMoments.of(references, decay)
     if fitted.correlations is None:
         return moments, RunningBlock.of_fit(moments, fitted.mode, fitted.scale, fitted.mean)
     return moments, RunningBlock.of_correlations(
@@ -63,6 +65,26 @@ def test_scale_and_mean_are_those_of_a_fit_of_all_epochs(values: Any, n_epochs: 
     modelled = np.empty(2000, np.float32)
     block.modelled(moments, modelled)
     np.testing.assert_allclose(modelled, w.mean(0) + a * r[-1], rtol=2e-7, atol=1e-6 * w.std(0).max())
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("values", [correlated, near_one])
+def test_with_a_decay_scale_and_mean_are_those_of_a_weighted_fit(values: Any, decay: float) -> None:
+    trajectories = values(60, 2000)
+    moments, block = started(trajectories, decay=decay)
+    for weights in trajectories[WARMUP:]:
+        assert block.take(weights, moments.take(weights[INDEX]))
+    counts = decay ** np.minimum(59 - np.arange(60), 40)[:, None]
+    w = trajectories.astype(np.float64)
+    mean = (counts * w).sum(0) / counts.sum()
+    moved = w - mean
+    r = moved[:, INDEX][:, block.mode[0]]
+    power, spread = (counts * r**2).sum(0), np.sqrt((counts * moved**2).sum(0))
+    a = (counts * moved * r).sum(0) / power
+    moving = spread > 1e-5 * np.abs(mean)
+    assert moving.mean() > 0.95
+    assert (np.abs(block.solved(moments)[1] - a) * np.sqrt(power) / spread)[moving].max() < 2e-6
+    assert (np.abs(block.exact_mean() - mean) / spread)[moving].max() < 2e-6
 
 
 @pytest.mark.parametrize("candidates", [2, 3])
@@ -117,11 +139,32 @@ def test_a_reference_that_stands_still_models_nothing_until_it_moves() -> None:
     assert np.all(np.isfinite(block.solved(moments)[1]))
 
 
+@pytest.mark.parametrize("decay", [0.99, 0.9, 0.5])
+def test_scales_stay_sensible_where_nothing_moves_any_more(decay: float) -> None:
+    trajectories = correlated(40, 2000)
+    moments, block = started(trajectories, decay=decay)
+    largest = np.abs(block.solved(moments)[1]).max()
+    modelled = np.empty(2000, np.float32)
+    for epoch in range(WARMUP, 5000):
+        weights = trajectories[min(epoch, 39)]
+        block.take(weights, moments.take(weights[INDEX]))
+        if epoch < 40:
+            largest = max(largest, np.abs(block.solved(moments)[1]).max())
+    block.modelled(moments, modelled)
+    assert np.abs(block.solved(moments)[1]).max() <= 2 * largest
+    np.testing.assert_allclose(modelled, weights, rtol=3e-7)
+    weights = weights + trajectories[1] - trajectories[0]
+    block.take(weights, moments.take(weights[INDEX]))
+    block.modelled(moments, modelled)
+    np.testing.assert_allclose(modelled[INDEX], weights[INDEX], rtol=1e-6)
+    assert np.isfinite(modelled).all()
+
+
 @pytest.mark.parametrize("candidates", [1, 2, 3])
 def test_torch_and_compiled_code_give_the_same_bits(candidates: int) -> None:
     trajectories = correlated(45, 2000)
     trajectories[:, 5] = 0.0
-    moments, block = started(trajectories, candidates)
+    moments, block = started(trajectories, candidates, decay=0.9)
     shelf = copied(block)
     for weights in trajectories[WARMUP:]:
         step = moments.take(weights[INDEX])

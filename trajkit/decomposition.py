@@ -143,8 +143,8 @@ class Decomposition:
         """How the references' values follow from those of single weights, at any epoch."""
         if not self.stored.shape.n_members:
             return Functional.of_weights(self.reference_index)
-        members = {name: self.stored.read(f"member_{name}") for name in ("index", "mode", "origin", "coefficient")}
-        return Functional(self.n_modes, **members)
+        index, mode = self.stored.read("members")
+        return Functional(self.n_modes, index, mode.astype(np.uint16), *self.stored.read("terms"))
 
     @cached_property
     def sample_index(self) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from .errors import InputError
 from .kernels.affine import References
 from .kernels.clustering import Cut, checked_cut
 from .kernels.curve import Curve, Sample, Trial
+from .kernels.functionals import Functional
 from .kernels.fused import fit_block_fused
 from .kernels.lines import Candidates, ReferenceChoice
 from .kernels.sampling import checked_sample, draw_by_variance
@@ -93,7 +94,9 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.__dict__.pop("reference_indices_", None)
         if choice.kind == "weight":
             self.reference_indices_ = weights
-        self.functional_ = choice.refined(weights, sampled.trajectories[:, chosen], candidates)
+            self.functional_ = Functional.of_weights(weights)
+        else:
+            self.functional_ = choice.refined(weights, sampled.trajectories[:, chosen], candidates)
         self.references_ = self.functional_.values(values[self.functional_.index].T)
         fitted = fit_block_fused(values.T, References(self.references_))
         self.labels_ = fitted.mode.astype(np.int64)

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .blocks import READ_BYTES
 from .decomposition import Decomposition
+from .errors import InputError
 from .kernels.affine import References
 from .kernels.running import ReferenceMoments, RunningBlock, Step
 from .store.format import WEIGHTS, chunk_rule
@@ -43,7 +44,8 @@ class OnlineDecomposition(Decomposition):
     ) -> NDArray[Any]:
         """(k, n) modelled values of the weights ``start : stop`` at recorded epochs, block by block.
 
-        They are computed in float32. Raises as `Decomposition.modelled` does.
+        They are computed in float32. Raises as `Decomposition.modelled` does, and `InputError` for weights that are not
+        finite at an epoch between the warm-up and the modelled one.
         """
         rows = [self.run.row_of(epoch) for epoch in epochs]
         first, last, _ = slice(start, stop).indices(self.run.layout.n_weights)
@@ -69,7 +71,7 @@ class OnlineDecomposition(Decomposition):
         for row in rows:
             while reached < row and (taken := next(later, None)) is not None and taken.row <= row:
                 for piece, block in pieces:
-                    block.take(self._read(taken.row, piece)[0], taken.step)
+                    self._take(block, self._read(taken.row, piece)[0], taken, piece)
                 reached, now = taken.row, taken.moments
             for piece, block in pieces:
                 if row < self._last_row:
@@ -96,7 +98,7 @@ class OnlineDecomposition(Decomposition):
             some = wanted[first : first + together]
             weights = self.run.archive.read(WEIGHTS, [taken.row for taken in some], (piece.start, piece.stop))
             for taken, epoch in zip(some, weights, strict=True):
-                block.take(epoch, taken.step)
+                self._take(block, epoch, taken, piece)
                 if taken.row in rows:
                     block.modelled(taken.moments, values)
                     yield taken.row, values
@@ -104,6 +106,17 @@ class OnlineDecomposition(Decomposition):
     def _read(self, row: int, piece: slice) -> NDArray[np.float32]:
         values: NDArray[np.float32] = self.run.archive.read(WEIGHTS, [row], (piece.start, piece.stop))
         return values
+
+    def _take(self, block: RunningBlock, weights: NDArray[np.float32], taken: _Taken, piece: slice) -> None:
+        """Take an epoch of a piece; raises `InputError` where a weight or a reference is not finite."""
+        if block.take(weights, taken.step) and np.isfinite(taken.moments.values).all():
+            return
+        finite = np.isfinite(weights)
+        name = "a reference" if finite.all() else f"'{self.run.layout.weight_at(piece.start + int(finite.argmin()))}'"
+        raise InputError(
+            f"{self.run.path}: {name} is not finite at epoch {self.run.epochs[taken.row]}, expected finite weights up"
+            " to the one that is modelled; take an earlier one"
+        )
 
     def _start(self, piece: slice) -> RunningBlock:
         """What is kept of some weights at the end of the warm-up."""
@@ -116,7 +129,7 @@ class OnlineDecomposition(Decomposition):
 
     @cached_property
     def _moments(self) -> ReferenceMoments:
-        return ReferenceMoments.of(References(self.reference))
+        return ReferenceMoments.of(References(self.reference), self.settings.get("decay", 1.0))
 
     @cached_property
     def _later(self) -> tuple[_Taken, ...]:

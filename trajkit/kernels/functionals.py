@@ -54,7 +54,8 @@ class Functional:
             raise ValueError(f"a reference has mode {self.mode.max()}, but there are {self.n_modes}")
         sums = np.zeros((len(members), self.n_modes))
         _add(members, self.mode, self.origin, self.coefficient, sums)
-        return sums.astype(members.dtype)
+        with np.errstate(over="ignore"):  # infinite then, which shows
+            return sums.astype(members.dtype)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -14,6 +14,7 @@ candidate stands for: then each round of k-lines lowers the squared error of all
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -31,11 +32,17 @@ from .fused import fit_block_fused
 Kind = Literal["weight", "centroid", "principal"]
 Weighting = Literal["equal", "variance"]
 
-FIRST_ROUNDS, LAST_ROUNDS = 6, 2
+FIRST_ROUNDS, LAST_ROUNDS = 8, 2
 """Of k-lines, at most. The first ones, which change much, are on some of the candidates, on which they cost little."""
+
+POWER_STEPS = 2
+"""Of power iteration in each of these."""
 
 STEP = 8
 """One candidate in so many, for these."""
+
+EXPLAINED = 1e-6
+"""Of a candidate's variance: where no more is missing, nothing is."""
 
 ENOUGH = 16
 """Candidates a mode; with fewer, all rounds are on all of them."""
@@ -81,12 +88,10 @@ class ReferenceChoice:
     def refined(
         self, weights: NDArray[np.int64], trajectories: NDArray[np.floating[Any]], candidates: Candidates
     ) -> Functional:
-        """The references for modes that were found with single `weights` (M,), whose `trajectories` are (E, M).
+        """The references made of many for modes that were found with `weights` (M,), whose `trajectories` are (E, M).
 
         A mode that no candidate that moves is a member of keeps its single weight.
         """
-        if self.kind == "weight":
-            return Functional.of_weights(weights)
         motions = _Motions.of(candidates, self.weighting == "variance")
         if self.kind == "centroid":
             started = fit_block_fused(candidates.trajectories, References(trajectories))
@@ -141,15 +146,20 @@ def _k_lines(
     """(P,) modes, and the coefficients of their principal trajectories, from lines (E, M) to begin with."""
     lines = trajectories.astype(np.float64)
     if len(motions.norm) < STEP * ENOUGH * lines.shape[1]:
-        mode = _improve(lines, motions, candidates, FIRST_ROUNDS + LAST_ROUNDS)
+        _improve(lines, motions, candidates, FIRST_ROUNDS, _towards_principal)
     else:
-        _improve(lines, motions.every(STEP), np.ascontiguousarray(candidates[:, ::STEP]), FIRST_ROUNDS)
-        mode = _improve(lines, motions, candidates, LAST_ROUNDS)
+        some = np.ascontiguousarray(candidates[:, ::STEP])
+        _improve(lines, motions.every(STEP), some, FIRST_ROUNDS, _towards_principal)
+    mode = _improve(lines, motions, candidates, LAST_ROUNDS, _principal)
     return mode, _projections(motions, lines, mode)
 
 
 def _improve(
-    lines: NDArray[np.float64], motions: _Motions, candidates: NDArray[np.floating[Any]], most: int
+    lines: NDArray[np.float64],
+    motions: _Motions,
+    candidates: NDArray[np.floating[Any]],
+    most: int,
+    fitted_line: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
 ) -> NDArray[np.int64]:
     """Change `lines` (E, M) in so many rounds, fewer where nothing changes; (P,) the modes that they were fitted to."""
     mode: NDArray[np.int64] = np.full(len(motions.norm), -1)
@@ -164,12 +174,24 @@ def _improve(
         members, edges = motions.rows[order], np.searchsorted(joined[order], np.arange(lines.shape[1] + 1))
         for changed in set(joined[moved].tolist()) | set(mode[moved].tolist()) - {-1}:
             if edges[changed] < edges[changed + 1]:
-                lines[:, changed] = _principal(members[edges[changed] : edges[changed + 1]])
+                rows = members[edges[changed] : edges[changed + 1]]
+                lines[:, changed] = fitted_line(rows, lines[:, changed])
         mode = joined.astype(np.int64)
     return mode
 
 
-def _principal(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+def _towards_principal(rows: NDArray[np.float64], line: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(E,) a few steps of power iteration from a line to `_principal`, of which an early round needs no more."""
+    for _ in range(POWER_STEPS):
+        found = (rows @ line) @ rows
+        norm = np.linalg.norm(found)
+        if not norm > 0:  # a constant line, or one across all rows
+            return _principal(rows, line)
+        line = found / norm
+    return line
+
+
+def _principal(rows: NDArray[np.float64], line: NDArray[np.float64]) -> NDArray[np.float64]:  # noqa: ARG001
     """(E,) the unit u that maximises Σ⟨row, u⟩² over (S, E) rows, by the smaller one of the two Gram matrices."""
     if len(rows) >= rows.shape[1]:
         return _leading(rows.T @ rows)
@@ -204,13 +226,22 @@ def _projections(motions: _Motions, lines: NDArray[np.float64], mode: NDArray[np
 def _without_empty(
     motions: _Motions, mode: NDArray[np.uint16], correlation: NDArray[np.floating[Any]], n_modes: int
 ) -> NDArray[np.uint16]:
-    """`mode` (P,), but modes without a member that moves get those that are explained worst, one each."""
-    empty = np.flatnonzero(np.bincount(mode[motions.share > 0], minlength=n_modes) == 0)
+    """`mode` (P,), but modes without a member that moves get those that are explained worst, one each.
+
+    No mode gives its last member, and none that is explained to the rounding of a float32 correlation is taken.
+    """
+    sizes = np.bincount(mode[motions.share > 0], minlength=n_modes)
+    empty = np.flatnonzero(sizes == 0)
     if empty.size:
-        missing = motions.share**2 * (1.0 - correlation.astype(np.float64) ** 2)
-        worst = np.argsort(-missing, kind="stable")[: empty.size]
-        worst = worst[missing[worst] > 0]
-        mode[worst] = empty[: worst.size]
+        missing = 1.0 - correlation.astype(np.float64) ** 2
+        lacking = np.where(missing > EXPLAINED, motions.share**2 * missing, 0.0)
+        order = iter(np.argsort(-lacking, kind="stable")[: np.count_nonzero(lacking)].tolist())
+        for free in empty.tolist():
+            worst = next((place for place in order if sizes[mode[place]] > 1), None)
+            if worst is None:
+                break
+            sizes[mode[worst]] -= 1
+            mode[worst] = free
     return mode
 
 

@@ -4,7 +4,8 @@ With running means μ of a weight w and ρ of its reference r, an epoch brings
 
     ρ' = ρ + (r - ρ)/n,   Q += (r - ρ)(r - ρ'),   C += (w - μ)(r - ρ'),   μ' = μ + (w - μ)/n,
 
-and then a = C/Q and b = μ' - a·ρ'. Source: Brokman et al. 2024, Eq. 8-10, in the centred form of Welford 1962.
+and then a = C/Q and b = μ' - a·ρ'. Source: Brokman et al. 2024, Eq. 8-10, in the centred form of Welford 1962. With a
+decay d < 1 an epoch counts for d times what the next one does: n, Q and C are multiplied by d before each epoch.
 
 What is kept of a weight takes 11 bytes, 12 with more than 256 modes. A float32 mean would not do: a weight near 1 that
 moves by 1e-4 would lose three digits to the rounding of its mean, every epoch anew. So the mean has 40 bits: a float32
@@ -33,48 +34,57 @@ TILE = 512
 UNIT = np.float32(2.0**-39)
 """Of the mean: what a step of its `rest` is. Half a unit in the last place of a float32 is at most 2¹⁵ of these."""
 MOST = np.float32(32767.0)
+ROUNDING = 2.0**-40
+"""Of the mean of a reference: less than any step of a float32, more than what a mean in float64 is wrong by."""
 ROUNDER = np.float32(1.5 * 2**23)
 """Added and subtracted again, it rounds a float32 of at most 2²² to an integer, halves to even ones."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an epoch does to every weight: its share 1/n in the mean, and r - ρ' of each reference, (M,)."""
+    """What an epoch does to every weight: its share 1/n in the mean, what the products fade to, and r - ρ', (M,)."""
 
     share: np.float32
+    fade: np.float32
     gain: NDArray[np.float32]
 
 
 class ReferenceMoments:
-    """Of the M references over the epochs so far: `count`, `mean` (M,), and `power` (M,) Σ(r - mean)²; in float64."""
+    """Of the M references over the epochs so far: `count`, `mean` (M,), and `power` (M,) Σ(r - mean)²; in float64.
 
-    def __init__(self, count: int, mean: NDArray[np.float64], power: NDArray[np.float64]) -> None:
+    From here on an epoch counts for `decay` times what the next one does.
+    """
+
+    def __init__(self, count: float, mean: NDArray[np.float64], power: NDArray[np.float64], decay: float = 1.0) -> None:
         self.count = count
         self.mean = mean
         self.power = power
+        self.decay = decay
         self.values = mean
         """(M,) at the epoch that was taken last."""
 
     @classmethod
-    def of(cls, references: References) -> ReferenceMoments:
-        """Over the epochs of a fit."""
-        moments = cls(len(references.trajectories), references.mean.copy(), references.norm**2)
+    def of(cls, references: References, decay: float = 1.0) -> ReferenceMoments:
+        """Over the epochs of a fit, which all count the same."""
+        moments = cls(len(references.trajectories), references.mean.copy(), references.norm**2, decay)
         moments.values = references.trajectories[-1].astype(np.float64)
         return moments
 
     def take(self, values: NDArray[np.floating]) -> Step:
         """Take the references' (M,) values at one more epoch; what that does to the weights."""
         self.values = values.astype(np.float64)
-        moved = self.values - self.mean
-        self.count += 1
-        self.mean = self.mean + moved / self.count
-        gain = self.values - self.mean
-        self.power = self.power + moved * gain
-        return Step(np.float32(1.0 / self.count), gain.astype(np.float32))
+        self.count = self.decay * self.count + 1
+        with np.errstate(invalid="ignore"):  # an infinite reference: whoever takes the weights tells of it
+            moved = self.values - self.mean
+            self.mean = self.mean + moved / self.count
+            gain = self.values - self.mean
+            self.power = self.decay * self.power + moved * gain
+        return Step(np.float32(1.0 / self.count), np.float32(self.decay), gain.astype(np.float32))
 
     def per_power(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(M,) values / power; 0 for a reference that has not moved."""
-        return np.divide(values, self.power, out=np.zeros_like(self.power), where=self.power > 0)
+        """(M,) values / power; 0 for a reference that has not moved, or so long ago that a decay left but rounding."""
+        rounding = self.count * (ROUNDING * self.mean) ** 2
+        return np.divide(values, self.power, out=np.zeros_like(self.power), where=self.power > rounding)
 
     @property
     def per_length(self) -> NDArray[np.float32]:
@@ -131,7 +141,7 @@ class RunningBlock:
 
     def take(self, weights: NDArray[np.float32], step: Step) -> bool:
         """Take one more epoch of the weights (n,), in place; False where one of them is not finite. Frees the GIL."""
-        return bool(_take(weights, self.mean, self.rest, self.products, self.mode, step.share, step.gain))
+        return bool(_take(weights, self.mean, self.rest, self.products, self.mode, step.share, step.fade, step.gain))
 
     def modelled(self, moments: ReferenceMoments, out: NDArray[np.float32]) -> None:
         """Write the modelled weights (n,) at the references' last epoch to `out`: mean + a·(r - ρ)."""
@@ -170,6 +180,13 @@ def checked_candidates(reassign: bool | int) -> int:
     return int(reassign)
 
 
+def checked_decay(decay: float) -> float:
+    """A decay above 0, up to 1, which leaves all epochs their weight; raises `InputError`."""
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1:
+        raise InputError(f"decay is {decay!r}, expected a number above 0, at most 1; use 0.9, or 1 for no decay")
+    return float(decay)
+
+
 def mode_dtype(n_modes: int) -> type[np.unsignedinteger[Any]]:
     """The smallest integer that numbers the modes."""
     return np.uint8 if n_modes <= 256 else np.uint16
@@ -192,6 +209,7 @@ def _take(
     products: NDArray[np.float32],
     mode: NDArray[np.unsignedinteger[Any]],
     share: np.float32,
+    fade: np.float32,
     gain: NDArray[np.float32],
 ) -> bool:
     gains, moved = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
@@ -207,7 +225,7 @@ def _take(
             below = np.float32(low[i]) * (old * UNIT)
             change = (w[i] - old) - below
             moved[i] = change
-            product[i] += change * gains[i]
+            product[i] = product[i] * fade + change * gains[i]
             strange[i] += change * np.float32(0.0)
             more = below + change * share
             new = old + more
@@ -223,7 +241,7 @@ def _take(
             for i in range(width):
                 gains[i] = gain[modes[i]]
             for i in range(width):
-                product[i] += moved[i] * gains[i]
+                product[i] = product[i] * fade + moved[i] * gains[i]
     return not np.isnan(strange).any()
 
 

@@ -24,7 +24,7 @@ from ..kernels.clustering import Cut, DistanceCut, checked_cut, clustering_bytes
 from ..kernels.curve import MOST_HELD_OUT, MOST_MEMBERS
 from ..kernels.fused import N_TOTALS
 from ..kernels.lines import Kind, ReferenceChoice, Weighting
-from ..kernels.running import checked_candidates
+from ..kernels.running import checked_candidates, checked_decay
 from ..kernels.sampling import Sampling
 from ..run import PathLike, Run, open_run
 from ..store.fits import FitShape, FitWriter
@@ -43,6 +43,9 @@ PROBE_BYTES = 5
 
 SAMPLE_BYTES = 40
 """Per sample and epoch: the recorded value, and those that the correlations are made of, in float64."""
+
+GRAMS = 3
+"""Matrices of products of epochs, or of members, where references are made of many."""
 
 MEMBER_BYTES = 48
 """Per candidate and epoch, where references are made of many or M is chosen: recorded values, directions in float64."""
@@ -64,6 +67,7 @@ def fit(
     updatable: bool = False,
     online: bool = False,
     reassign: bool | int = False,
+    decay: float = 1.0,
     memory: int | str | None = None,
     scheduler: Choice | Scheduler = None,
     device: str = "cpu",
@@ -98,6 +102,7 @@ def fit(
         up to that one, with the references of the warm-up.
     reassign: online, a weight's mode is the one of its two best references of the warm-up that it correlates with most
         so far, or of so many; instead of the best one of the warm-up. That keeps what `updatable` does.
+    decay: online, an epoch after the warm-up counts for so many times what the next one does.
     memory: bytes, or a text such as ``"2GiB"``, that the work may use beyond what the process has in use; a quarter of
         what is free by default. On a cluster, of each worker process; half of its limit by default.
     scheduler: ``"threads"`` (as many as cores, or dask's setting ``num_workers``), ``"synchronous"`` (a single one),
@@ -119,10 +124,12 @@ def fit(
     candidates = checked_candidates(reassign)
     if online:
         settings["online"] = True
+    elif candidates > 1 or decay != 1:
+        raise InputError("reassign and decay are for online fits, others fit all epochs at once; leave them out")
     if candidates > 1:
-        if not online:
-            raise InputError("reassign is for online fits, others choose the best mode anyway; leave it out")
         settings["reassign"], updatable = candidates, True
+    if checked_decay(decay) != 1:
+        settings["decay"] = decay
     with scheduler_of(scheduler) as chosen_scheduler:
         resources = Resources(chosen_scheduler, bytes_of(memory), device)
         n_samples = choice.count(run)
@@ -157,6 +164,8 @@ class Resources:
         members = max(n_probe if shape.n_members else 0, tried)
         per_epoch = PROBE_BYTES * n_probe + SAMPLE_BYTES * shape.n_samples + MEMBER_BYTES * members
         step1 = clustering_bytes(shape.n_samples) + shape.n_epochs * per_epoch
+        if shape.n_members:
+            step1 += GRAMS * 8 * min(shape.n_epochs, n_probe) ** 2
         return self.plan(run, shape, shape.n_epochs, open_device(self.device).buffers, step1)
 
     def plan(self, run: Run, shape: FitShape, n_epochs: int, buffers: int, step1_bytes: int = 0) -> BlockPlan:

@@ -65,7 +65,13 @@ def update(
     functional = previous.functional
     members = run.columns(functional.index, further)
     require_finite(run, functional.index, np.isfinite(members))
-    references = References(np.concatenate([previous.reference, functional.values(members)]))
+    values = functional.values(members)
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"{run.path}: the references of fit '{name}' have moved beyond what float32 holds, by how they"
+            f" moved up to epoch {previous.epochs[-1]}; fit anew"
+        )
+    references = References(np.concatenate([previous.reference, values]))
     rows = np.concatenate([fitted_rows, further])
     before = previous.stored.shape
     shape = replace(before, n_epochs=rows.size, updatable=True)

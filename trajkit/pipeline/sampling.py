@@ -121,10 +121,15 @@ def choose(
             with placed(str(run.path)):
                 cut, curve = Trial.of(sampled, candidates, bounds, references).choose(cut)
         chosen = sampled.references(cut)
-        functional = references.refined(sample[chosen], sampled.trajectories[:, chosen], candidates)
         pca = variance_of_components(candidates)
-    alone = references.kind == "weight"
-    members = sampled.trajectories[:, chosen] if alone else run.columns(functional.index, rows)
+        weights, found = sample[chosen], sampled.trajectories[:, chosen]
+        if references.kind == "weight":
+            return Chosen(Functional.of_weights(weights), found, curve, pca)
+        functional = references.refined(weights, found, candidates)
+    probe = candidates.index
+    places = np.minimum(np.searchsorted(probe, functional.index), probe.size - 1)
+    inside = np.array_equal(probe[places], functional.index)
+    members = candidates.trajectories[:, places] if inside else run.columns(functional.index, rows)
     return Chosen(functional, functional.values(members), curve, pca)
 
 

@@ -9,10 +9,8 @@ array                   dtype      dimensions       content
 ``correlation``         float32    (weight)         signed, with the reference of the mode
 ``reference``           float32    (epoch, m)       the reference trajectories over the fitted epochs
 ``reference_index``     int64      (m)              which weights they are; where each is a single one
-``member_index``        int64      (member)         where each is made of many: weights that they are made of,
-``member_mode``         uint16     (member)         of which one,
-``member_origin``       float32    (member)         o,
-``member_coefficient``  float64    (member)         and c: the reference is the sum of c · (weight - o)
+``members``             int64      (2, member)      where each is made of many: weights, and the mode of each
+``terms``               float64    (2, member)      theirs, o and c: a reference is the sum of c · (weight - o)
 ``sample_index``        int64      (sample)         the weights that Step 1 looked at
 ``variation``           float64    (weight)         Σ(w - mean)² over the fitted epochs; in fits that can be updated
 ``correlations``        float32    (m, weight)      with every reference; in fits that can be updated
@@ -57,17 +55,12 @@ FIT_ATTRIBUTE = "trajkit_fit"
 RESULTS = {"mode": "uint16", "scale": "float32", "mean": "float64", "correlation": "float32"}
 MOMENTS = {"variation": "float64", "correlations": "float32"}
 """What a fit needs to take further epochs, beside its results."""
-MEMBERS = {
-    "member_index": "int64",
-    "member_mode": "uint16",
-    "member_origin": "float32",
-    "member_coefficient": "float64",
-}
+MEMBERS = {"members": "int64", "terms": "float64"}
 """What references are that are made of many weights."""
 MOST_MODES = 1 << 16
 MOST_TRIED = 256
 """Numbers of modes on a curve, at most."""
-INDICES = ("mode", "reference_index", "sample_index", "member_index", "member_mode")
+INDICES = ("mode", "reference_index", "sample_index", "members")
 FIT_FIELDS: Mapping[str, type | UnionType] = {
     "version": int,
     "layout": str,
@@ -109,7 +102,8 @@ class FitShape:
         }
         if self.n_members:
             for array, dtype in MEMBERS.items():
-                documents[array] = array_document(dtype, (self.n_members,), (self.n_members,), ("member",))
+                shape = (2, self.n_members)
+                documents[array] = array_document(dtype, shape, shape, ("part", "member"))
         else:
             documents["reference_index"] = array_document("int64", (self.n_modes,), (self.n_modes,), ("m",))
         for array, dtype in (RESULTS | MOMENTS).items():
@@ -178,9 +172,11 @@ class StoredFit:
             values = self._reader.read(f"{self.group}/{array}", document, region)
         except DamagedObjectError as damage:
             raise self._damaged(str(damage)) from None
-        limit = self.shape.n_modes if array in ("mode", "member_mode") else self.shape.n_weights
-        if array in INDICES and values.size and not 0 <= values.min() <= values.max() < limit:
-            raise self._damaged(f"'{array}' has {values.min()} to {values.max()}, expected 0 to {limit - 1}")
+        n, m = self.shape.n_weights, self.shape.n_modes
+        limits = {"mode": (m,), "members": (n, m)}.get(array, (n,))
+        for row, limit in zip(np.atleast_2d(values) if array in INDICES else (), limits, strict=False):
+            if row.size and not 0 <= row.min() <= row.max() < limit:
+                raise self._damaged(f"'{array}' has {row.min()} to {row.max()}, expected 0 to {limit - 1}")
         return values
 
     def group_document(self) -> dict[str, Any]:
@@ -279,7 +275,8 @@ class FitWriter:
             "sample_index": sample_index,
         }
         if self._shape.n_members:
-            small |= {array: getattr(functional, array.removeprefix("member_")) for array in MEMBERS}
+            small["members"] = np.stack([functional.index, functional.mode.astype(np.int64)])
+            small["terms"] = np.stack([functional.origin.astype(np.float64), functional.coefficient])
         else:
             small["reference_index"] = functional.index
         fit = {

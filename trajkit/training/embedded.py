@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..kernels.running import UNIT
 from .moments import DEVICE_PIECE, ModelMoments, Shelf, pieces_of
-from .online import OnlineCMD
+from .online import OnlineCMD, require_same_settings, require_state
 
 Whole = Literal["all", "rest"]
 STATE_VERSION = 1
@@ -49,7 +50,8 @@ class EmbeddedCMD:
     After the warm-up of `OnlineCMD`, at every `window`-th epoch, the weights whose a and b changed least since the last
     such epoch are embedded: from then on each `step` sets them to a·r + b, with the a and b that they have then and
     the trained value r of their reference, and clears their momentum. References are never embedded, nor weights that
-    had no gradient at the start. The change of a weight is √(Δa² + Δb²).
+    had no gradient at the start. Those of ``"centroid"`` and ``"principal"`` are made of up to 16,384 weights: of a
+    model of not many more, few can be embedded, which a warning tells. The change of a weight is √(Δa² + Δb²).
 
     optimizer: whose state of the embedded weights is cleared: momentum, and whatever else it keeps of each weight.
     window, percent, of: L; P; and of what: of ``"all"`` weights, which leaves none to train after 100/P windows and
@@ -78,10 +80,11 @@ class EmbeddedCMD:
                 f"{name} is for OnlineCMD alone, embedded CMD has fixed modes and no buffers; leave it out"
             )
         _require_schedule(window, percent, of)
-        if threshold is not None and not threshold >= 0:
+        if threshold is not None and not (_is_number(threshold) and threshold >= 0):
             raise InputError(f"threshold is {threshold!r}, expected a number of at least 0; use 1e-3 or the like")
         self.online = OnlineCMD(model, **settings)
-        self.window, self.percent, self.of, self.threshold = int(window), float(percent), of, threshold
+        self.window, self.percent, self.of = int(window), float(percent), of
+        self.threshold = None if threshold is None else float(threshold)
         self._model, self._optimizer = model, optimizer
         self._frozen: dict[torch.device, Frozen] = {}
         self._origin: NDArray[np.float64] = np.empty(0)
@@ -92,14 +95,20 @@ class EmbeddedCMD:
         if not self._trainable:
             raise InputError("no weight of the model needs a gradient, expected at least one to train; thaw some")
         self._masks: dict[str, Tensor] = {}
-        if mask_gradients:
-            tensors = self.online.tensors_of(model)
-            for entry in self._trainable:
-                hook = functools.partial(self._mask, entry.name)
-                tensors[entry.name].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._mask_gradients = mask_gradients
+        self._hooked: dict[str, Tensor] = {}
+        self._is_whole = True
+        self._hook()
 
     def __repr__(self) -> str:
         return f"EmbeddedCMD({self.online!r}, {100 * self.share:.1f} % embedded)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_hooked": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._hook()  # a copied parameter has none
 
     @property
     def n_weights(self) -> int:
@@ -126,11 +135,14 @@ class EmbeddedCMD:
 
         Raises as `OnlineCMD.update_parameters` does.
         """
+        self._require_whole()
         share = self.share
+        self._hook()
         self.online.update_parameters(self._model)
-        self.shares.append(share)
+        self.shares += [share] * (self.online.n_updates - len(self.shares))  # a fit that failed has left one out
         if not self.online.is_warm:
             return
+        self._is_whole = False
         tensors = self.online.tensors_of(self._model)
         if not self._frozen:
             self._begin()
@@ -138,9 +150,11 @@ class EmbeddedCMD:
             self._embed()
         if self.n_embedded:
             self._overwrite(tensors)
+        self._is_whole = True
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs beside model and optimizer, as plain values and tensors, not copied."""
+        self._require_whole()
         return {
             "version": STATE_VERSION,
             "settings": self._settings,
@@ -153,13 +167,8 @@ class EmbeddedCMD:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where a state was taken; raises `InputError` for one of other settings, or of another model."""
-        if not isinstance(state_dict, Mapping) or "frozen" not in state_dict:
-            raise InputError("this is no state of EmbeddedCMD, expected what its state_dict() gave; load that one")
-        for name, found in state_dict["settings"].items():
-            if found != self._settings[name]:
-                raise InputError(
-                    f"the state was taken with {name}={found!r}, this has {self._settings[name]!r}; make it the same"
-                )
+        require_state(state_dict, STATE_VERSION, "EmbeddedCMD")
+        require_same_settings(state_dict["settings"], self._settings)
         self.online.load_state_dict(state_dict["online"])
         self._windows, self.shares = state_dict["windows"], list(state_dict["shares"])
         self._origin = state_dict["origin"].numpy().copy()
@@ -171,6 +180,7 @@ class EmbeddedCMD:
             if state_dict["frozen"]
             else {}
         )
+        self._is_whole = True
         self._remask()
 
     @property
@@ -180,9 +190,24 @@ class EmbeddedCMD:
     def _is_window(self, n_updates: int) -> bool:
         return n_updates > self.online.warmup and n_updates % self.window == 0
 
+    def _require_whole(self) -> None:
+        if not self._is_whole:
+            raise InputError(
+                f"step {self.online.n_updates} did not end, expected whole steps; load_state_dict a state from before,"
+                " with the model and the optimizer of that time"
+            )
+
     def _begin(self) -> None:
         """At the end of the warm-up: a and b to measure changes from."""
         moments = self.online.moments
+        able = sum(int((~self._never(shelf)).sum()) for shelf in moments.shelves.values())
+        if able < 0.9 * self.n_weights and not moments.functional.is_weights:
+            warnings.warn(
+                f"the references are made of {self.n_weights - able} of the {self.n_weights} weights that are trained,"
+                f" and these are never embedded: the others are {able / self.n_weights:.1%}; take references='weight'",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         self._origin = moments.references.values.copy()
         for device, shelf in moments.shelves.items():
             n = shelf.mean.numel()
@@ -283,6 +308,16 @@ class EmbeddedCMD:
                 if isinstance(kept, Tensor) and kept.shape == parameter.shape and kept.is_floating_point():
                     kept.masked_fill_(mask, 0)
 
+    def _hook(self) -> None:
+        """Have the gradients of the model's parameters masked, also of those that have taken the place of others."""
+        tensors = self.online.tensors_of(self._model) if self._mask_gradients else {}
+        for entry in self._trainable if self._mask_gradients else ():
+            parameter = tensors[entry.name]
+            if parameter.requires_grad and self._hooked.get(entry.name) is not parameter:
+                hook = functools.partial(self._mask, entry.name)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._hooked[entry.name] = parameter
+
     def _mask(self, name: str, parameter: Tensor) -> None:
         if name in self._masks and parameter.grad is not None:
             parameter.grad.masked_fill_(self._masks[name], 0)
@@ -316,10 +351,14 @@ def schedule(
 def _require_schedule(window: int, percent: float, of: str) -> None:
     if isinstance(window, bool) or not hasattr(window, "__index__") or window < 1:
         raise InputError(f"window is {window!r}, expected an integer of at least 1; use 10")
-    if not 0 <= percent <= 100:
+    if not _is_number(percent) or not 0 <= percent <= 100:
         raise InputError(f"percent is {percent!r}, expected a number from 0 to 100; use 10")
     if of not in ("all", "rest"):
         raise InputError(f"of is {of!r}, expected 'all' or 'rest'; choose one")
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__")
 
 
 def _least(values: NDArray[np.float32], count: int) -> NDArray[np.bool_]:

@@ -73,6 +73,10 @@ class ModelMoments:
         self._blocks = [(shelf, shelf.block) for device, shelf in shelves.items() if device.type == "cpu"]
         self._parts: dict[tuple[str, int, int], RunningBlock] = {}
 
+    def __reduce__(self) -> Any:
+        # Made anew: in a copy, the arrays that stand for the tensors on the host would have memory of their own.
+        return ModelMoments, (self.entries, self.functional, self.references, self.shelves)
+
     @classmethod
     def of(
         cls,
@@ -97,6 +101,7 @@ class ModelMoments:
         return {
             "members": [torch.from_numpy(values) for values in members],
             "count": references.count,
+            "decay": references.decay,
             "references": torch.from_numpy(np.stack([references.mean, references.power, references.values])),
             "shelves": [{**vars(shelf), "starts": dict(shelf.starts)} for shelf in self.shelves.values()],
         }
@@ -112,7 +117,7 @@ class ModelMoments:
             return _brought(shelf.part(slice(start + columns.start, start + columns.stop))).block
 
         mean, power, values = state["references"].numpy()
-        references = ReferenceMoments(state["count"], mean.copy(), power.copy())
+        references = ReferenceMoments(state["count"], mean.copy(), power.copy(), state["decay"])
         references.values = values.copy()
         functional = Functional(mean.size, *(member.numpy().copy() for member in state["members"]))
         return cls.of(entries, tensors, functional, references, source)
@@ -233,7 +238,7 @@ def take_tensor(weights: Tensor, shelf: Shelf, step: Step) -> bool:
     below = shelf.rest.to(torch.float32) * (mean * float(UNIT))
     moved = (weights - mean) - below
     for mode, product in zip(shelf.mode, shelf.products, strict=True):
-        product += moved * gain[mode.to(torch.int64)]
+        product.mul_(float(step.fade)).add_(moved * gain[mode.to(torch.int64)])
     more = below + moved * share
     new = mean + more
     back = new - mean

@@ -52,6 +52,10 @@ class ReferencesOnly(EmbeddedCMD):
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **settings: Any) -> None:
         super().__init__(model, optimizer, **settings)
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"references_only": True}
+
     def _is_window(self, n_updates: int) -> bool:
         return n_updates == self.online.warmup
 

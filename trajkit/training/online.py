@@ -17,7 +17,7 @@ from ..kernels.affine import References
 from ..kernels.clustering import Cut, DistanceCut, checked_cut
 from ..kernels.fused import fit_block_fused
 from ..kernels.lines import Kind, ReferenceChoice, Weighting
-from ..kernels.running import ReferenceMoments, RunningBlock, checked_candidates
+from ..kernels.running import ReferenceMoments, RunningBlock, checked_candidates, checked_decay
 from ..kernels.sampling import Sampling
 from ..layout import ParameterLayout, TensorEntry
 from ..pipeline import fit
@@ -59,6 +59,9 @@ class OnlineCMD:
     reassign: of the two references with which a weight correlated most in the warm-up, its mode is the one with the
         larger correlation so far; a number chooses among so many. It takes 6 bytes a weight and 5 a candidate: 16
         instead of 11.
+    decay: an epoch after the warm-up counts for so many times what the next one does. With 1, as in the paper, a and b
+        are of all epochs; with 0.9 of the last ten or so, and the CMD weights are what an EMA of that decay gives, but
+        moved on along the modes.
     use_buffers: model floating buffers, such as BatchNorm's statistics, as weights are, variances at least 0; else the
         modelled model has the buffers of the trained one.
 
@@ -82,6 +85,7 @@ class OnlineCMD:
         references: Kind = "weight",
         weighting: Weighting | None = None,
         reassign: bool | int = False,
+        decay: float = 1.0,
         use_buffers: bool = False,
     ) -> None:
         if isinstance(warmup, bool) or not hasattr(warmup, "__index__") or warmup < 2:
@@ -92,6 +96,7 @@ class OnlineCMD:
             **SampleChoice(samples, sampling, seed).settings,
             **ReferenceChoice(references, weighting).settings,
             "reassign": checked_candidates(reassign),
+            "decay": checked_decay(decay),
         }
         self._use_buffers = bool(use_buffers)
         with placed("the model"):
@@ -162,8 +167,9 @@ class OnlineCMD:
     def update_parameters(self, model: Model) -> None:
         """Take the weights of the model, once an epoch.
 
-        The last one of the warm-up takes the time of a fit. Raises `InputError` for weights that are not finite, after
-        which the state has to be loaded from before; `LayoutError` where the model has changed.
+        The last one of the warm-up takes the time of a fit; where that fails or is interrupted, the next call
+        begins with it. Raises `InputError` for weights that are not finite; `LayoutError` where the model has changed.
+        After an update that failed or was interrupted later, the state has to be loaded from before.
         """
         self._require_own_weights()
         self._require_usable()
@@ -171,18 +177,22 @@ class OnlineCMD:
         tensors = self.tensors_of(model)
         if self._moments is None:
             self._warm_up.add(tensors)
-            if self.n_updates + 1 == self.warmup and not self._warm_up.is_late:
-                self._moments = self._fitted(tensors)
-        elif name := self._moments.take(tensors):
-            self._broken = f"'{name}' was not finite at update {self.n_updates}"
+        else:
+            self._broken = (
+                f"update {self.n_updates} did not end, so that some weights have taken it and others have not"
+            )
+            name = self._moments.take(tensors)
+            self._broken = f"'{name}' was not finite at update {self.n_updates}" if name else None
             self._require_usable()
         self.n_updates += 1
         self._model = model
+        if not self._warm_up.is_late:
+            self.end_warm_up()
         if self._module is not None:
             self._refresh(self._module)
 
     def end_warm_up(self) -> None:
-        """Choose the modes, where the last update could not, as its epoch is recorded later (`LateRecording`)."""
+        """Choose the modes, where the last update could not: its epoch comes later (`LateRecording`), or it failed."""
         if self._moments is None and self.n_updates == self.warmup:
             self._moments = self._fitted(self.tensors_of(self._model))
 
@@ -239,14 +249,10 @@ class OnlineCMD:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where a state was taken; raises `InputError` for one of other settings, or of another model."""
-        if not isinstance(state_dict, Mapping) or state_dict.get("version") != STATE_VERSION:
-            raise InputError("this is no state of OnlineCMD, expected what its state_dict() gave; load that one")
+        require_state(state_dict, STATE_VERSION, "OnlineCMD")
         if state_dict["layout"] != self._layout.digest:
             raise LayoutError("the state is of a model with other tensors, expected this one's; load the state of it")
-        for name in sorted(state_dict["settings"] | self._settings):
-            found, mine = state_dict["settings"].get(name), self._settings.get(name)
-            if found != mine:
-                raise InputError(f"the state was taken with {name}={found!r}, this has {mine!r}; make it the same")
+        require_same_settings(state_dict["settings"], self._settings)
         if "warm_up" in state_dict:
             self._warm_up.load(state_dict["warm_up"])
             self._moments = None
@@ -275,7 +281,9 @@ class OnlineCMD:
 
     def _require_usable(self) -> None:
         if self._broken:
-            raise InputError(f"{self._broken}, expected finite weights; load_state_dict a state from before")
+            raise InputError(
+                f"{self._broken}, expected whole epochs of finite weights; load_state_dict a state from before"
+            )
 
     def tensors_of(self, model: Model) -> dict[str, Tensor]:
         """The tensors that are modelled, by name; raises `LayoutError` where they have changed."""
@@ -301,7 +309,7 @@ class OnlineCMD:
         run, epochs = self._warm_up.whole()
         fitted = fit(run, **self._choices, epochs=epochs, online=True, scheduler="threads")
         references = References(fitted.reference)
-        moments = ReferenceMoments.of(references)
+        moments = ReferenceMoments.of(references, self._choices["decay"])
 
         def source(entry: TensorEntry, columns: slice) -> RunningBlock:
             if entry.kind == "weight":
@@ -335,6 +343,7 @@ class OnlineCMD:
         self.write(self.tensors_of(module))
 
     def _gathered(self) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.float64]]:
+        self._require_usable()
         n, moments = self._layout.n_weights, self.moments
         mode, scale, offset = np.empty(n, np.uint16), np.empty(n, np.float32), np.empty(n)
         for entry, block in moments.host_blocks():
@@ -342,6 +351,22 @@ class OnlineCMD:
                 here = slice(entry.offset, entry.stop)
                 mode[here], scale[here], offset[here] = block.solved(moments.references)
         return mode, scale, offset
+
+
+def require_state(state_dict: Any, version: int, kind: str) -> None:
+    """Raise `InputError` for what is no state of this kind and version."""
+    is_state = isinstance(state_dict, Mapping) and {"version", "settings"} <= state_dict.keys()
+    if not is_state or state_dict["version"] != version:
+        raise InputError(f"this is no state of {kind}, expected what its state_dict() gave; load that one")
+
+
+def require_same_settings(found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise `InputError` naming a setting of a state that is another one here."""
+    for name in sorted({*found, *mine}):
+        if found.get(name) != mine.get(name):
+            raise InputError(
+                f"the state was taken with {name}={found.get(name)!r}, this has {mine.get(name)!r}; make it the same"
+            )
 
 
 def _layout(model: Model) -> ParameterLayout:

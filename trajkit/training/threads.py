@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -29,12 +30,14 @@ def each(do: Callable[[Job], Result], jobs: Iterable[Job], most: int) -> list[Re
     left = iter(list(jobs))  # threads may share an iterator of a list
     results: list[Result] = []
     raised: list[BaseException] = []
+    ended: set[int] = set()
 
     def work(*_: Any) -> None:
         try:
             results.extend([do(job) for job in left])
         except BaseException as error:  # nothing may leave a function that C has called
             raised.append(error)
+        ended.add(threading.get_ident())
 
     threads = min(torch.get_num_threads(), most)
     if threads < 2:
@@ -48,6 +51,8 @@ def each(do: Callable[[Job], Result], jobs: Iterable[Job], most: int) -> list[Re
             work()
     if raised:
         raise raised[0]
+    if threading.get_ident() not in ended:  # Ctrl-C came where a function that C has called cannot pass it on
+        raise KeyboardInterrupt
     return results
 
 

@@ -108,6 +108,9 @@ class OwnRun:
         self._end: weakref.finalize[Any, OwnRun] | None = None
         self._writer: RunWriter | None = None
 
+    def __reduce__(self) -> Any:
+        return _own_run, (self._layout, self.state())
+
     def add(self, tensors: Tensors) -> None:
         """See `WarmUp`."""
         writer = self._ready()
@@ -129,12 +132,13 @@ class OwnRun:
             return {}
         run, labels = self.whole()
         n = self._layout.n_weights
-        with tempfile.TemporaryFile() as file:
-            weights = np.memmap(file, np.float32, "w+", shape=(len(labels), n))
         width = run.weights.chunks[1]
-        for row in range(len(labels)):
-            for start in range(0, n, width):
-                weights[row, start : start + width] = run.weights[row, start : start + width]
+        with tempfile.TemporaryFile() as file:
+            for row in range(len(labels)):  # not into mapped memory, where a full disk would kill the process
+                for start in range(0, n, width):
+                    file.write(np.ascontiguousarray(run.weights[row, start : start + width]).data)
+            file.flush()
+            weights = np.memmap(file, np.float32, "r+", shape=(len(labels), n))
         return {
             "weights": torch.from_numpy(weights),
             "buffers": {
@@ -144,6 +148,11 @@ class OwnRun:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """See `WarmUp`."""
+        if state and "weights" not in state:
+            raise InputError(
+                "the state is of a warm-up that is read from the run of the training, this one keeps its own;"
+                " make it with the same run"
+            )
         self.close()
         if not state:
             return
@@ -187,6 +196,9 @@ class RecordedRun:
 
     def add(self, tensors: Tensors) -> None:
         """See `WarmUp`."""
+        model = PassingModel(self._layout, tensors)
+        for start in range(0, model.size, LOOK):
+            model[start : min(start + LOOK, model.size)]  # raises where it is not finite
         self._prints.append(_print(self._probe.values(tensors)))
 
     def whole(self) -> tuple[Run, list[int]]:
@@ -213,7 +225,12 @@ class RecordedRun:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """See `WarmUp`."""
-        self._prints = list(state["probes"])
+        if state and "probes" not in state:
+            raise InputError(
+                "the state is of a warm-up that keeps its own epochs, this one reads them from the run of the training;"
+                " make it without run"
+            )
+        self._prints = list(state.get("probes", ()))
 
     def close(self) -> None:
         """See `WarmUp`."""
@@ -257,6 +274,12 @@ def tracked_layout(layout: ParameterLayout, use_buffers: bool) -> ParameterLayou
 def is_tracked(entry: TensorEntry, use_buffers: bool) -> bool:
     """Whether online CMD models a tensor."""
     return entry.kind == "weight" or (use_buffers and "float" in entry.dtype)
+
+
+def _own_run(layout: ParameterLayout, state: Mapping[str, Any]) -> OwnRun:
+    made = OwnRun(layout)
+    made.load(state)
+    return made
 
 
 def _recorded_probe(run: Run, row: int) -> NDArray[np.float32]:

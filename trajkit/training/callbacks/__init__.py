@@ -1,1 +1,1 @@
-"""Recording from trainers of other libraries; each module needs its extra, such as ``trajkit[transformers]``."""
+"""Recording and online CMD in trainers of others; each module needs its extra, such as ``trajkit[transformers]``."""

@@ -34,6 +34,11 @@ class TrainerRecording:
             )
 
     @property
+    def path(self) -> PathLike:
+        """Of the run."""
+        return self.recorder.path
+
+    @property
     def held_step(self) -> int | None:
         """The step at which the copy that is held was taken."""
         return None if self._held is None else self._held[0]
@@ -51,6 +56,10 @@ class TrainerRecording:
             self.recorder.commit(held, _numbers(metrics), wait=wait)
         elif wait:
             self.recorder.flush()
+
+    def flush(self) -> None:
+        """Return when everything that was given to `commit` is committed."""
+        self.recorder.flush()
 
     def drop(self) -> None:
         """Do not record what is held."""
