@@ -8,8 +8,9 @@ With z_i = (w_i - its mean) / σ_i, s_i the sign of its correlation with the sin
     principal   r = √E·u, the unit u that maximises Σ k_i·⟨z_i, u⟩²; a few rounds of joining the best line and fitting
                 the lines anew, as k-means does with points
 
-With ``"equal"`` weighting all k_i are 1. With ``"variance"`` k_i = g_i·σ_i², where g_i is how many weights the
-candidate stands for: then each round of k-lines lowers the squared error of all weights, as far as these show it.
+With ``"equal"`` weighting all k_i are 1, but for weights that hardly move. With ``"variance"`` k_i = g_i·σ_i², where
+g_i is how many weights the candidate stands for: then each round of k-lines lowers the squared error of all weights, as
+far as these show it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from .fused import fit_block_fused
 
 Kind = Literal["weight", "centroid", "principal"]
 Weighting = Literal["equal", "variance"]
+
+STILL = 0.1
+"""Of the root mean square of σ: with ``"equal"`` weighting, a member that moves less counts for its part squared."""
 
 FIRST_ROUNDS, LAST_ROUNDS = 8, 2
 """Of k-lines, at most. The first ones, which change much, are on some of the candidates, on which they cost little."""
@@ -124,11 +128,19 @@ class _Motions:
 
     @classmethod
     def of(cls, candidates: Candidates, by_variance: bool) -> _Motions:
-        """Of candidates that count for their part of the variance of all weights, or all for the same."""
+        """Of candidates that count for their part of the variance of all weights, or all for the same.
+
+        But for those that hardly move: divided by its σ, one that only wakes up later would outdo all others then.
+        """
         unit, norm = standardised(candidates.trajectories)
-        largest = norm.max(initial=0.0)
-        by_norm = norm / (largest if largest > 0 else 1.0) * np.sqrt(candidates.represents)
-        return cls(np.ascontiguousarray(unit.T), norm, by_norm if by_variance else (norm > 0).astype(np.float64))
+        relative = norm / (norm.max(initial=0.0) or 1.0)
+        if by_variance:
+            share = relative * np.sqrt(candidates.represents)
+        else:
+            moving = candidates.represents[norm > 0].sum() or 1.0
+            usual = np.sqrt((candidates.represents * relative**2).sum() / moving) or 1.0
+            share = np.minimum(relative / (STILL * usual), 1.0)
+        return cls(np.ascontiguousarray(unit.T), norm, share)
 
 
 def _centroids(motions: _Motions, mode: NDArray[np.int64], sign: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
