@@ -31,7 +31,8 @@ from trajkit import ParameterLayout, RunWriter, evaluate, fit, open_run, update
 from trajkit.errors import RunNotFoundError
 from trajkit.layout import TensorEntry
 from trajkit.store import format as store_format
-from trajkit.store.fits import FitShape, FitWriter
+from trajkit.store.fit_shape import FitShape
+from trajkit.store.fits import FitWriter
 from trajkit.store.format import BUFFERS, EPOCH, PROBE, STEP, WEIGHTS, all_arrays
 
 Steps = Callable[[Path], Iterator[None]]

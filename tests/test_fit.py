@@ -21,7 +21,8 @@ from trajkit import CMD, Recorder, Run, fit, open_run
 from trajkit.errors import InputError, PathExistsError, RunLockedError, UnknownNameError
 from trajkit.kernels.clustering import DistanceCut
 from trajkit.store import format as store_format
-from trajkit.store.fits import FitShape, FitWriter
+from trajkit.store.fit_shape import FitShape
+from trajkit.store.fits import FitWriter
 from trajkit.store.objects import LocalObjects
 
 RESULTS = ("mode", "scale", "mean", "offset", "correlation", "reference", "reference_index", "sample_index")

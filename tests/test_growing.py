@@ -16,7 +16,8 @@ from test_fit import assert_is_the_oracles_steps_2_and_3, assert_same, snapshot
 from trajkit import Run, RunWriter, fit, follow, open_run, update
 from trajkit.errors import DamagedRunError, InputError, RunLockedError, RunNotFoundError, UnknownNameError
 from trajkit.store.archive import Archive
-from trajkit.store.fits import FitShape, FitWriter
+from trajkit.store.fit_shape import FitShape
+from trajkit.store.fits import FitWriter
 from trajkit.store.format import WEIGHTS
 from trajkit.store.objects import LocalObjects
 

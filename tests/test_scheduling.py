@@ -183,7 +183,8 @@ def test_a_fit_that_is_stopped_leaves_the_run_as_it_was(
 
 
 def test_a_helper_that_nobody_waits_for_cannot_write(digits_run: Run) -> None:
-    from trajkit.store.fits import FitShape, FitWriter
+    from trajkit.store.fit_shape import FitShape
+    from trajkit.store.fits import FitWriter
 
     shape = FitShape(3682, 40, 3, 100, updatable=True)
     values = {"mode": np.uint16, "scale": np.float32, "mean": np.float64, "correlation": np.float32}

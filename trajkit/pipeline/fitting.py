@@ -27,7 +27,8 @@ from ..kernels.lines import Kind, ReferenceChoice, Weighting
 from ..kernels.running import checked_candidates, checked_decay
 from ..kernels.sampling import Sampling
 from ..run import PathLike, Run, open_run
-from ..store.fits import FitShape, FitWriter
+from ..store.fit_shape import FitShape
+from ..store.fits import FitWriter
 from ..store.format import WEIGHTS, result_rule
 from .sampling import Chosen, SampleChoice, choose
 from .scheduling import Scheduler, bytes_of, scheduler_of

@@ -12,7 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..decomposition import Decomposition
-from ..errors import InputError, RunNotFoundError
+from ..errors import DamagedRunError, InputError, RunNotFoundError
 from ..kernels.affine import References
 from ..kernels.clustering import checked_cut, setting_of
 from ..kernels.components import variance_of_components
@@ -62,6 +62,11 @@ def update(
     further = sound[run.epochs[sound] > previous.epochs[-1]]
     if further.size == 0:
         return previous
+    if not np.isfinite(previous.reference).all():
+        raise DamagedRunError(
+            f"{run.path}: fit '{name}' has references that are not finite, expected those that it was fitted to;"
+            " fit anew"
+        )
     functional = previous.functional
     members = run.columns(functional.index, further)
     require_finite(run, functional.index, np.isfinite(members))

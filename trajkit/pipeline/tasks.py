@@ -21,7 +21,8 @@ from ..kernels.fused import N_TOTALS, add_quality
 from ..kernels.moments import extend
 from ..run import Run
 from ..scratch import scratch
-from ..store.fits import MOMENTS, RESULTS, FitShape, ResultBlocks, Stored, StoredFit
+from ..store.fit_shape import MOMENTS, RESULTS, FitShape
+from ..store.fits import ResultBlocks, Stored, StoredFit
 from ..store.format import WEIGHTS
 from .sampling import require_finite
 
