@@ -713,7 +713,6 @@ HARMLESS = {
     "a row that was not committed has a number that is no number",
     "a row that was not committed has a number of 200 digits",
     "the weights have a storage transformer",
-    "a fit's references are NaN",
     "a link to the outside lies deep in a row that was not committed",
     "a zip has members that are paths",
     "tensors have names that are paths",
