@@ -95,9 +95,9 @@ def fit(
         ``"principal"``: the first principal trajectory of the mode's probe weights, over which modes and trajectories
         are found anew in a few rounds (k-lines); it explains more of the variance at the same M. The latter two stay
         fixed linear functionals of the probe's weights, and cost no pass over the archive.
-    weighting: what each probe weight counts for there. ``"equal"``, the default of centroids: all the same.
-        ``"variance"``, the default of principal trajectories: σ² times the number of weights that it stands for, so
-        that what is minimised is the error of the weights.
+    weighting: what each probe weight counts for there. ``"equal"``, the default of centroids: the same, but for those
+        that hardly move. ``"variance"``, the default of principal trajectories: σ² times the number of weights that it
+        stands for, so that what is minimised is the error of the weights.
     updatable: keep 4·M + 8 bytes a weight more, so that `update` need not read the old epochs.
     online: take the epochs for the warm-up of online CMD: the weights modelled at a later epoch follow from all epochs
         up to that one, with the references of the warm-up.
