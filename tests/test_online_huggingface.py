@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from alike import assert_same, assert_same_cmd
 from test_huggingface import Killed, Sentences, Witness, a_model, assert_recorded, copied, trainer_of, transformers
 from torch import Tensor, nn
 
@@ -62,17 +63,9 @@ def callback(**settings: Any) -> OnlineCMDCallback:
     return OnlineCMDCallback(**{"warmup": WARMUP, "modes": 3} | settings)
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 def assert_as_in_a_plain_loop(cmd: OnlineCMD) -> None:
-    expected = in_a_plain_loop()[0]
     assert cmd.n_updates == EPOCHS
-    np.testing.assert_array_equal(cmd.mode, expected.mode)
-    np.testing.assert_array_equal(cmd.scale, expected.scale)
-    np.testing.assert_array_equal(cmd.offset, expected.offset)
+    assert_same_cmd(cmd, in_a_plain_loop()[0])
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one evaluation set", "several"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import pytorch_lightning
 import torch
+from alike import assert_same, assert_same_cmd
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_lightning import STEPS, Killed, Stream, a_module, assert_recorded, fit, pytestmark, witness_of
 from torch import Tensor, nn
@@ -91,17 +92,9 @@ def checkpoints(folder: Path, on_epoch_end: bool = False) -> ModelCheckpoint:
     )
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 def assert_as_in_a_plain_loop(cmd: OnlineCMD) -> None:
-    expected = in_a_plain_loop()[0]
     assert cmd.n_updates == EPOCHS
-    np.testing.assert_array_equal(cmd.mode, expected.mode)
-    np.testing.assert_array_equal(cmd.scale, expected.scale)
-    np.testing.assert_array_equal(cmd.offset, expected.offset)
+    assert_same_cmd(cmd, in_a_plain_loop()[0])
 
 
 @pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=["lightning", "pytorch_lightning"])

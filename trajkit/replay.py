@@ -148,7 +148,7 @@ def start_of(fit: Decomposition, moments: ReferenceMoments, piece: slice) -> Run
 
     Of a fit with several candidates the modes may change.
     """
-    read, candidates = fit.stored.read, candidates_of(fit)
+    read, candidates = fit.stored.read, n_candidates(fit)
     mean = read("mean", piece.start, piece.stop)
     if candidates == 1:
         return RunningBlock.of_fit(
@@ -158,7 +158,7 @@ def start_of(fit: Decomposition, moments: ReferenceMoments, piece: slice) -> Run
     return RunningBlock.of_correlations(moments, correlations, variation, mean, candidates)
 
 
-def candidates_of(fit: Decomposition) -> int:
+def n_candidates(fit: Decomposition) -> int:
     """Among how many references a weight's mode is chosen after the warm-up."""
     return int(fit.settings.get("reassign", 1))
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from .clustering import DistanceCut, choose_references, cluster, cluster_tree
 from .correlation import correlation_magnitude, standardised
-from .lines import Candidates, Kind, ReferenceChoice
+from .lines import Candidates, Kind, Motions, ReferenceChoice
 from .sampling import represented
 
 Curve = tuple[tuple[int, float], ...]
@@ -96,15 +96,14 @@ class Trial:
             outside = sample.outside(candidates.index)
         held_out = _at_most(outside[::2] if outside.size else places, MOST_HELD_OUT)
         made_of = _at_most(np.setdiff1d(places, outside[::2]), MOST_MEMBERS)
-        members, spread = _motions(candidates, made_of, bounds)
         by_variance = choice.weighting == "variance"
-        directions, power = _motions(candidates, held_out, bounds)
+        members = Motions.of(_some(candidates, made_of, bounds), by_variance)
         return cls(
             kind=choice.kind,
             sample=sample,
-            members=members,
-            counts=spread**2 if by_variance else (spread > 0).astype(np.float64),
-            held_out=directions * power[:, None],
+            members=members.unit,
+            counts=members.share**2 if by_variance else (members.share > 0).astype(np.float64),
+            held_out=Motions.of(_some(candidates, held_out, bounds), by_variance=True).rows,
         )
 
     def choose(self, cut: str) -> tuple[int, Curve]:
@@ -160,14 +159,7 @@ def _at_most(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return places[:: max(-(-places.size // most), 1)]
 
 
-def _motions(
-    candidates: Candidates, places: NDArray[np.int64], bounds: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(k, E) directions of some candidates, and (k,) the root of the variance that each stands for among them.
-
-    To a common factor, that no square overflows.
-    """
-    directions, norm = standardised(candidates.trajectories[:, places])
-    largest = norm.max(initial=0.0)
-    power = norm / (largest if largest > 0 else 1.0) * np.sqrt(represented(candidates.index[places], bounds))
-    return np.ascontiguousarray(directions.T), power
+def _some(candidates: Candidates, places: NDArray[np.int64], bounds: NDArray[np.int64]) -> Candidates:
+    """Those at some places, each of which stands for more weights then."""
+    index = candidates.index[places]
+    return Candidates(index, candidates.trajectories[:, places], represented(index, bounds))

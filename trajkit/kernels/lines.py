@@ -96,7 +96,7 @@ class ReferenceChoice:
 
         A mode that no candidate that moves is a member of keeps its single weight.
         """
-        motions = _Motions.of(candidates, self.weighting == "variance")
+        motions = Motions.of(candidates, self.weighting == "variance")
         if self.kind == "centroid":
             started = fit_block_fused(candidates.trajectories, References(trajectories))
             mode = started.mode.astype(np.int64)
@@ -107,7 +107,7 @@ class ReferenceChoice:
 
 
 @dataclass(frozen=True)
-class _Motions:
+class Motions:
     """Of P candidates: directions and what they count for, each as a row."""
 
     unit: NDArray[np.float64]
@@ -122,12 +122,12 @@ class _Motions:
         """(P, E) directions by their shares."""
         return self.unit * self.share[:, None]
 
-    def every(self, step: int) -> _Motions:
+    def every(self, step: int) -> Motions:
         """Those of every so many candidates."""
-        return _Motions(self.unit[::step], self.norm[::step], self.share[::step])
+        return Motions(self.unit[::step], self.norm[::step], self.share[::step])
 
     @classmethod
-    def of(cls, candidates: Candidates, by_variance: bool) -> _Motions:
+    def of(cls, candidates: Candidates, by_variance: bool) -> Motions:
         """Of candidates that count for their part of the variance of all weights, or all for the same.
 
         But for those that hardly move: divided by its σ, one that only wakes up later would outdo all others then.
@@ -143,7 +143,7 @@ class _Motions:
         return cls(np.ascontiguousarray(unit.T), norm, share)
 
 
-def _centroids(motions: _Motions, mode: NDArray[np.int64], sign: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def _centroids(motions: Motions, mode: NDArray[np.int64], sign: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """(P,) coefficients s·k / (σ·Σk) of members of the modes; 0 for what does not move."""
     counts = motions.share**2
     sigma = motions.norm / np.sqrt(motions.unit.shape[1])
@@ -153,7 +153,7 @@ def _centroids(motions: _Motions, mode: NDArray[np.int64], sign: NDArray[np.floa
 
 
 def _k_lines(
-    motions: _Motions, trajectories: NDArray[np.floating[Any]], candidates: NDArray[np.floating[Any]]
+    motions: Motions, trajectories: NDArray[np.floating[Any]], candidates: NDArray[np.floating[Any]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(P,) modes, and the coefficients of their principal trajectories, from lines (E, M) to begin with."""
     lines = trajectories.astype(np.float64)
@@ -168,7 +168,7 @@ def _k_lines(
 
 def _improve(
     lines: NDArray[np.float64],
-    motions: _Motions,
+    motions: Motions,
     candidates: NDArray[np.floating[Any]],
     most: int,
     fitted_line: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
@@ -219,7 +219,7 @@ def _leading(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
-def _projections(motions: _Motions, lines: NDArray[np.float64], mode: NDArray[np.int64]) -> NDArray[np.float64]:
+def _projections(motions: Motions, lines: NDArray[np.float64], mode: NDArray[np.int64]) -> NDArray[np.float64]:
     """(P,) coefficients that make √E·u, with standard deviation 1, of each mode's members.
 
     As Σ⟨x, u⟩·x = λ·u over the members' rows x, with λ = Σ⟨x, u⟩². The member that makes up most has a positive one.
@@ -236,7 +236,7 @@ def _projections(motions: _Motions, lines: NDArray[np.float64], mode: NDArray[np
 
 
 def _without_empty(
-    motions: _Motions, mode: NDArray[np.uint16], correlation: NDArray[np.floating[Any]], n_modes: int
+    motions: Motions, mode: NDArray[np.uint16], correlation: NDArray[np.floating[Any]], n_modes: int
 ) -> NDArray[np.uint16]:
     """`mode` (P,), but modes without a member that moves get those that are explained worst, one each.
 

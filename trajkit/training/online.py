@@ -22,7 +22,7 @@ from ..kernels.sampling import Sampling
 from ..layout import ParameterLayout, TensorEntry
 from ..pipeline import fit
 from ..pipeline.sampling import SampleChoice
-from ..replay import candidates_of, start_of
+from ..replay import n_candidates, start_of
 from ..run import PathLike
 from ..vector import is_spread
 from .model import RecordedModel, buffers_of, is_sharded, parameters_of, plain_copy
@@ -390,7 +390,7 @@ def _start_of_buffer(
 ) -> RunningBlock:
     """What is kept of a buffer when the warm-up ends: it is fitted to the references as weights are."""
     values = fitted.run.trajectory(entry.name, fitted.epochs).reshape(len(fitted.epochs), -1)[:, columns]
-    candidates = candidates_of(fitted)
+    candidates = n_candidates(fitted)
     found = fit_block_fused(values.astype(np.float32), references, every=candidates > 1)
     if found.correlations is not None:
         return RunningBlock.of_correlations(moments, found.correlations, found.variation, found.mean, candidates)
