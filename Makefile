@@ -53,7 +53,7 @@ trainings: $(INSTALLED)  ## record the trainings that CMD is compared on, one pr
 	cd benchmarks && for core in $$(seq $$(nproc)); do ../$(BIN)/python trainings.py ../.cache --seeds $(SEEDS) & done; wait
 
 experiment: trainings  ## test accuracies of CMD, EMA and SWA on them; writes benchmarks/RESULTS.md
-	cd benchmarks && ../$(BIN)/python bench.py ../.cache modelling references
+	cd benchmarks && ../$(BIN)/python bench.py ../.cache modelling references automatic
 
 KILLS ?= 10000
 

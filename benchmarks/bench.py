@@ -3,7 +3,7 @@
     python benchmarks/bench.py CACHE [PART …]
 
 CACHE is the folder with the recorded trainings (mnist_mlp.py, trainings.py); synthetic runs are recorded there, some of
-them for the moment. Without a PART all are done but `modelling` and `references`, whose trainings take hours.
+them for the moment. Without a PART all are done but those of `TRAINED`, whose trainings take hours.
 Everything is compared in the same process, in turn; the archives are in the page cache.
 """
 
@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import automatic
 import fit
 import importing
 import integrity
@@ -28,6 +29,7 @@ from measure import MACHINE
 from trajkit.device import open_device
 from trajkit.errors import InputError
 
+TRAINED = ("modelling", "references", "automatic")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADER = f"""# Results of the benchmarks
 
@@ -67,6 +69,7 @@ def parts(cache: Path) -> dict[str, Callable[[], list[str]]]:
         "online": online.online,
         "modelling": lambda: modelling.modelling(cache),
         "references": lambda: references.references(cache),
+        "automatic": lambda: automatic.automatic(cache),
         "gpu": gpu,
     }
 
@@ -79,7 +82,7 @@ def main() -> None:
     every = parts(arguments.cache)
     written = RESULTS.read_text() if RESULTS.exists() else ""
     found = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n(?=<!--|\Z)", written, flags=re.DOTALL))
-    for name in arguments.part or [part for part in every if part not in ("modelling", "references")]:
+    for name in arguments.part or [part for part in every if part not in TRAINED]:
         found[name] = "\n".join(every[name]()) + "\n"
         print(found[name], flush=True)
         body = "\n".join(f"<!-- {part} -->\n{found[part]}" for part in every if part in found)

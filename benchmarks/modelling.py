@@ -59,7 +59,8 @@ WAYS: dict[str, Weights] = {
 }
 NAMES = {
     "embedded": "embedded CMD, L = 10, P = 10",
-    "embedded-centroid": "embedded CMD, centroid references, decay 0.9",
+    "embedded-centroid": "embedded CMD, decay 0.9, centroid references of all 16,384 probe weights",
+    "embedded-few": "embedded CMD, decay 0.9, centroid references of 5 % of the weights",
     "overwriting": "naive: all weights overwritten every 20 epochs",
     "references": "naive: only the references trained after the warm-up",
 }

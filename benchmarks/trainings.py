@@ -41,6 +41,9 @@ EPOCHS = {"lenet5": 100, "resnet8": 50, "mlp": 50}
 EMBEDDINGS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, Path], Any]] = {
     "embedded": lambda model, optimizer, run: trajkit.EmbeddedCMD(model, optimizer, warmup=WARMUP, run=run),
     "embedded-centroid": lambda model, optimizer, run: trajkit.EmbeddedCMD(
+        model, optimizer, warmup=WARMUP, run=run, references="centroid", decay=0.9, members=1.0
+    ),
+    "embedded-few": lambda model, optimizer, run: trajkit.EmbeddedCMD(
         model, optimizer, warmup=WARMUP, run=run, references="centroid", decay=0.9
     ),
     "overwriting": lambda model, _, run: OverwritingCMD(model, warmup=WARMUP, run=run),
@@ -189,6 +192,13 @@ def recorded(cache: Path, model: str, optimizer: str, embedding: str | None = No
         if run.last_epoch == training.epochs - 1:
             found.append(run)
     return found
+
+
+def recorded_names(cache: Path) -> list[str]:
+    """One complete run of each kind of training, with CMD embedded or not."""
+    kinds = {(each.model, each.optimizer, each.embedding) for each in every_training(seeds=1)}
+    found = [recorded(cache, *kind) for kind in sorted(kinds, key=str)]
+    return [Path(runs[0].path).name for runs in found if runs]
 
 
 def _train_epoch(

@@ -17,35 +17,24 @@ from .options import (
     json_option,
     modes_option,
     quiet_option,
-    references_option,
+    reference_options,
     run_argument,
-    weighting_option,
+    sample_options,
 )
 from .output import echo_json, echo_table, number, progress, talk
 
 if TYPE_CHECKING:
     from trajkit import Decomposition
 
-CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs", "references", "weighting")
+CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs", "references", "weighting", "members")
 
 
 @click.command()
 @run_argument
 @modes_option
 @click.option("--cut", type=float, help="Instead of --modes: cut the cluster tree at its largest distance / CUT.")
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=1000,
-    show_default=True,
-    help="K, how many weights the clusters are found on.",
-)
-@click.option(
-    "--sampling", type=click.Choice(["balanced", "uniform", "variance"]), default="balanced", show_default=True
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling.")
-@references_option
-@weighting_option
+@sample_options
+@reference_options
 @epochs_option
 @click.option("--name", help="Of the fit in the run.  [default: modes10 or the like]")
 @click.option("--updatable", is_flag=True, help="Keep what --update needs to read new epochs only.")

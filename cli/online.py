@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,7 +12,7 @@ import trajkit
 from trajkit.errors import InputError
 
 from .fit import echo_fit
-from .options import json_option, modes_option, quiet_option, references_option, run_argument, weighting_option
+from .options import json_option, modes_option, quiet_option, reference_options, run_argument, sample_options
 from .output import progress
 
 
@@ -19,16 +20,8 @@ from .output import progress
 @run_argument
 @click.option("--warmup", type=click.IntRange(min=2), default=20, show_default=True, help="F, the first epochs.")
 @modes_option
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=1000,
-    show_default=True,
-    help="K, how many weights the clusters are found on.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling.")
-@references_option
-@weighting_option
+@sample_options
+@reference_options
 @click.option(
     "--reassign", is_flag=True, help="A weight's mode is the better one so far of its two best in the warm-up."
 )
@@ -49,16 +42,9 @@ def online(
     run: str | Path,
     warmup: int,
     modes: str | int | None,
-    samples: int,
-    seed: int,
-    references: str,
-    weighting: str | None,
-    reassign: bool,
-    decay: float,
-    name: str | None,
-    memory: str | None,
     quiet: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Save in RUN what `trajkit.OnlineCMD` would have been beside this training.
 
@@ -82,17 +68,10 @@ def online(
         fitted = trajkit.fit(
             opened,
             modes=modes or 10,
-            samples=samples,
-            seed=seed,
             epochs=sound[:warmup],
-            name=name,
             progress=report,
-            references=references,  # type: ignore[arg-type]
-            weighting=weighting,  # type: ignore[arg-type]
             online=True,
-            reassign=reassign,
-            decay=decay,
-            memory=memory,
+            **settings,
         )
     echo_fit(run, fitted, modes, time.perf_counter() - began, as_json)
     if not as_json:

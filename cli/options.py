@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
+Command = Callable[..., Any]
 
 
 class RunPlace(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
@@ -28,19 +33,54 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progres
 fit_option = click.option("--fit", "fit_name", metavar="NAME", help="A fit saved in the run.")
 
 
-references_option = click.option(
-    "--references",
-    type=click.Choice(["weight", "centroid", "principal"]),
-    default="weight",
-    show_default=True,
-    help="What a mode's weights are fitted to: one weight, as in the paper, the mean or the principal trajectory of"
-    " many.",
+_SAMPLE = (
+    click.option(
+        "--samples",
+        type=click.IntRange(min=1),
+        default=1000,
+        show_default=True,
+        help="K, how many weights the clusters are found on.",
+    ),
+    click.option(
+        "--sampling",
+        type=click.Choice(["balanced", "uniform", "variance"]),
+        default="balanced",
+        show_default=True,
+        help="How these are drawn.",
+    ),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling."),
 )
-weighting_option = click.option(
-    "--weighting",
-    type=click.Choice(["equal", "variance"]),
-    help="What each of these many counts for.  [default: equal for centroid, variance for principal]",
+_REFERENCES = (
+    click.option(
+        "--references",
+        type=click.Choice(["weight", "centroid", "principal"]),
+        default="weight",
+        show_default=True,
+        help="What a mode's weights are fitted to: one weight, as in the paper, the mean or the principal trajectory of"
+        " many.",
+    ),
+    click.option(
+        "--weighting",
+        type=click.Choice(["equal", "variance"]),
+        help="What each of these many counts for.  [default: equal for centroid, variance for principal]",
+    ),
+    click.option(
+        "--members",
+        metavar="SHARE",
+        type=float,
+        help="Of at most which share of the weights, such as 0.05, these many are.  [default: all in the probe]",
+    ),
 )
+
+
+def sample_options(command: Command) -> Command:
+    """Which weights the clusters are found on."""
+    return functools.reduce(lambda found, option: option(found), reversed(_SAMPLE), command)
+
+
+def reference_options(command: Command) -> Command:
+    """What the references are made of."""
+    return functools.reduce(lambda found, option: option(found), reversed(_REFERENCES), command)
 
 
 class Modes(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click

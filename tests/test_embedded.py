@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from trajkit import EmbeddedCMD
+from trajkit import EmbeddedCMD, OnlineCMD
 from trajkit.demo import digits, digits_cnn
 from trajkit.errors import InputError
 from trajkit.training.embedded import schedule
@@ -145,6 +145,38 @@ def test_embedded_weights_follow_their_reference_by_frozen_scales(optimizer: str
     assert training.cmd.share == pytest.approx(0.8, abs=1e-3)
 
 
+@pytest.mark.parametrize(("modes", "references"), [("auto", "weight"), ("auto", "centroid"), ("97%", "principal")])
+def test_the_warm_up_chooses_the_number_of_modes(modes: str, references: Any) -> None:
+    training = Training(modes=modes, references=references, window=3, percent=20)
+    members = {} if references == "weight" else {"members": 0.05}
+    beside = OnlineCMD(training.model, 4, modes, references=references, **members)
+    for number in range(1, 8):
+        training.epoch(number)
+        if number <= 4:
+            beside.update_parameters(training.model)
+    found = training.cmd.online
+    assert found.n_modes == beside.n_modes not in (1, 10)
+    np.testing.assert_array_equal(found.mode, beside.mode)
+    embedded = training.embedded()
+    assert embedded.sum() == round(0.2 * embedded.size)
+    assert not embedded[found.moments.functional.index].any()
+
+
+def test_all_but_the_twentieth_that_references_are_made_of_can_be_embedded() -> None:
+    training = Training(references="centroid", window=1, percent=100)
+    for number in range(1, 6):
+        training.epoch(number)
+    n = training.cmd.n_weights
+    members = training.cmd.online.moments.functional.index
+    assert 0.04 * n < members.size <= 0.05 * n
+    assert np.flatnonzero(~training.embedded()).tolist() == sorted(members.tolist())
+    everything = Training(references="centroid", members=1.0)
+    for number in range(1, 4):
+        everything.epoch(number)
+    with pytest.warns(RuntimeWarning, match=r"the others are 1\d\.\d%; ask for fewer members"):
+        everything.epoch(4)
+
+
 def test_gradients_are_masked_where_that_is_asked_for() -> None:
     training = Training(window=2, percent=50, mask_gradients=True)
     for number in range(1, 10):
@@ -162,6 +194,8 @@ def test_gradients_are_masked_where_that_is_asked_for() -> None:
     [
         {"window": 3, "percent": 20},
         {"window": 3, "percent": 20, "mask_gradients": True},
+        {"window": 3, "percent": 20, "modes": "auto"},
+        {"window": 3, "percent": 20, "references": "centroid", "decay": 0.9},
         {"kind": ReferencesOnly},
         {"kind": OverwritingCMD, "every": 3},
     ],

@@ -381,6 +381,27 @@ def test_an_update_beyond_float32_says_so(make_run: MakeRun) -> None:
     assert len(run.fit("a").epochs) == 5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_references_of_fewer_members_are_those_of_fewer_candidates(kind: Any, make_run: MakeRun) -> None:
+    matrix = correlated(25, 5000, seed=5)
+    run = make_run(matrix, sizes=(1000, 0, 4000))
+    found = fit(run, modes=4, references=kind, members=0.05)
+    chosen = found.functional.index
+    some = run.probe_index[np.arange(250) * 20]
+    assert np.isin(chosen, some).all()
+    assert chosen.size == 250
+    candidates = Candidates(some, matrix[:, some], represented(some, run.layout.weight_bounds))
+    paper = fit(run, modes=4).reference_index
+    expected = ReferenceChoice(kind).refined(paper, matrix[:, paper], candidates)
+    np.testing.assert_array_equal(found.functional.coefficient, expected.coefficient)
+    assert found.settings["members"] == 0.05
+    assert found.quality.variance_explained > fit(run, modes=4).quality.variance_explained
+    model = CMD(4, sample_index=found.sample_index, references=kind, members=0.05, weighting="equal").fit(matrix.T)
+    assert model.functional_.index.size == 250
+    auto = fit(run, modes="auto", references=kind, members=0.001)
+    assert auto.curve != fit(run, modes="auto", references=kind).curve
+
+
 def test_members_of_modes_that_there_are_not_are_refused() -> None:
     functional = Functional(2, np.arange(2), np.array([0, 2], np.uint16), np.zeros(2), np.ones(2))
     with pytest.raises(ValueError, match="a reference has mode 2, but there are 2"):
@@ -394,6 +415,11 @@ def test_members_of_modes_that_there_are_not_are_refused() -> None:
         ({"references": None}, "references is None, expected one of"),
         ({"references": "centroid", "weighting": "size"}, "weighting is 'size', expected 'equal' or 'variance'"),
         ({"weighting": "variance"}, "a reference that is a single weight has nothing to weigh; leave it out"),
+        ({"members": 0.1}, r"members is 0\.1, but a reference that is a single weight has nothing to weigh"),
+        ({"references": "centroid", "members": 0}, "members is 0, expected a share of the weights above 0, up to 1"),
+        ({"references": "centroid", "members": 1.5}, r"members is 1\.5, expected a share"),
+        ({"references": "centroid", "members": float("nan")}, "members is nan, expected a share"),
+        ({"references": "centroid", "members": "5%"}, "members is '5%', expected a share"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: Any, message: str, digits_run: Run) -> None:
@@ -430,10 +456,13 @@ def test_the_command_line_takes_them(digits_path: Path) -> None:
     described = json.loads(run("fit", "--references", "centroid", "--weighting", "variance", "--json", "-q"))
     assert described["references"] == "centroid"
     assert described["settings"]["weighting"] == "variance"
-    run("online", "--references", "centroid", "--warmup", "10", "-q")
+    run("online", "--references", "centroid", "--members", "0.1", "--sampling", "uniform", "--warmup", "10", "-q")
     run("reconstruct", "--fit", "principal5", "--epoch", "39", "-o", str(digits_path.parent / "w.safetensors"))
     assert "online-centroid10" in run("info")
     refused = CliRunner().invoke(main, ["fit", str(digits_path), "--weighting", "equal"])
     assert refused.exit_code != 0
     assert "nothing to weigh" in refused.output
     assert isinstance(open_run(digits_path).fit("principal5"), Decomposition)
+    online = open_run(digits_path).fit("online-centroid10")
+    assert (online.settings["members"], online.settings["sampling"]) == (0.1, "uniform")
+    assert 300 < online.functional.index.size <= 368

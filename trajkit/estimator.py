@@ -45,6 +45,8 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         16384 weights that are drawn evenly, all if there are no more. See `trajkit.fit`.
     weighting : {"equal", "variance"}, optional
         What each of these counts for; by default "equal" for centroids, "variance" for principal trajectories.
+    members : float, optional
+        Of at most which share of the weights they are made.
     random_state : int, RandomState or None, default None
         Of the sampling.
 
@@ -69,6 +71,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         sample_index: ArrayLike | None = None,
         references: str = "weight",
         weighting: str | None = None,
+        members: float | None = None,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_modes = n_modes
@@ -77,18 +80,19 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.sample_index = sample_index
         self.references = references
         self.weighting = weighting
+        self.members = members
         self.random_state = random_state
 
     def fit(self, X: ArrayLike, y: None = None) -> Self:  # noqa: ARG002 (scikit-learn passes it)
         """Fit to trajectories X (N weights, E epochs); N ≥ 1, E ≥ 2, all finite."""
         values = self._trajectories(X, reset=True)
-        cut = checked_cut(self.n_modes, "n_modes")
-        choice = ReferenceChoice(self.references, self.weighting)  # type: ignore[arg-type]
+        cut, bounds = checked_cut(self.n_modes, "n_modes"), np.array([0, len(values)])
+        choice = ReferenceChoice(self.references, self.weighting, self.members)  # type: ignore[arg-type]
         self.sample_indices_ = self._sample(values)
         sampled, candidates = Sample(self.sample_indices_, values[self.sample_indices_].T), _candidates(values)
         self.curve_: Curve = ()
         if isinstance(cut, str):
-            cut, self.curve_ = Trial.of(sampled, candidates, np.array([0, len(values)]), choice).choose(cut)
+            cut, self.curve_ = Trial.of(sampled, candidates, bounds, choice).choose(cut)
         chosen = sampled.references(cut)
         weights = self.sample_indices_[chosen]
         self.__dict__.pop("reference_indices_", None)
@@ -96,7 +100,9 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             self.reference_indices_ = weights
             self.functional_ = Functional.of_weights(weights)
         else:
-            self.functional_ = choice.refined(weights, sampled.trajectories[:, chosen], candidates)
+            self.functional_ = choice.refined(
+                weights, sampled.trajectories[:, chosen], choice.among(candidates, bounds)
+            )
         self.references_ = self.functional_.values(values[self.functional_.index].T)
         fitted = fit_block_fused(values.T, References(self.references_))
         self.labels_ = fitted.mode.astype(np.int64)

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from .clustering import DistanceCut, choose_references, cluster, cluster_tree
 from .correlation import correlation_magnitude, standardised
-from .lines import Candidates, Kind, Motions, ReferenceChoice
-from .sampling import represented
+from .lines import Candidates, Kind, Motions, ReferenceChoice, at_most
 
 Curve = tuple[tuple[int, float], ...]
 """Numbers of modes, rising, and the share of the variance of held-out weights that each explains, in [0, 1]."""
@@ -94,15 +93,16 @@ class Trial:
         if 4 * outside.size < places.size:
             sample = Sample(sample.index[::2], sample.trajectories[:, ::2])
             outside = sample.outside(candidates.index)
-        held_out = _at_most(outside[::2] if outside.size else places, MOST_HELD_OUT)
-        made_of = _at_most(np.setdiff1d(places, outside[::2]), MOST_MEMBERS)
-        members = Motions.of(_some(candidates, made_of, bounds), choice.weighting == "variance")
+        held_out = at_most(outside[::2] if outside.size else places, MOST_HELD_OUT)
+        most = min(choice.most_members(int(bounds[-1])), MOST_MEMBERS)
+        made_of = at_most(np.setdiff1d(places, outside[::2]), most)
+        members = Motions.of(candidates.some(made_of, bounds), choice.weighting == "variance")
         return cls(
             kind=choice.kind,
             sample=sample,
             members=members.unit,
             counts=members.share**2,
-            held_out=Motions.of(_some(candidates, held_out, bounds), by_variance=True).rows,
+            held_out=Motions.of(candidates.some(held_out, bounds), by_variance=True).rows,
         )
 
     def choose(self, cut: str) -> tuple[int, Curve]:
@@ -151,14 +151,3 @@ class Trial:
             length = np.sqrt(np.square(found).sum(axis=0))
             lines = np.where(length > 0, found / np.where(length > 0, length, 1.0), lines)
         return lines
-
-
-def _at_most(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Every so manieth of them, that they are no more than `most`."""
-    return places[:: max(-(-places.size // most), 1)]
-
-
-def _some(candidates: Candidates, places: NDArray[np.int64], bounds: NDArray[np.int64]) -> Candidates:
-    """Those at some places, each of which stands for more weights then."""
-    index = candidates.index[places]
-    return Candidates(index, candidates.trajectories[:, places], represented(index, bounds))

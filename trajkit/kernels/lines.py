@@ -15,6 +15,7 @@ far as these show it.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from .affine import References
 from .correlation import standardised
 from .functionals import Functional
 from .fused import fit_block_fused
+from .sampling import represented
 
 Kind = Literal["weight", "centroid", "principal"]
 Weighting = Literal["equal", "variance"]
@@ -63,31 +65,55 @@ class Candidates:
     represents: NDArray[np.float64]
     """(P,) how many weights each stands for."""
 
+    def some(self, places: NDArray[np.int64], bounds: NDArray[np.int64]) -> Candidates:
+        """Those at some places; each stands for more weights then, of layers that have these `bounds`."""
+        index = self.index[places]
+        return Candidates(index, self.trajectories[:, places], represented(index, bounds))
+
 
 @dataclass(frozen=True)
 class ReferenceChoice:
-    """What the references are made of; `weighting` is of the members, by default what suits the kind."""
+    """What the references are made of; `weighting` is of the members, by default what suits the kind.
+
+    `members` is how large a share of the weights may be members; by default all candidates may.
+    """
 
     kind: Kind = "weight"
     weighting: Weighting | None = None
+    members: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise InputError(f"references is {self.kind!r}, expected one of {', '.join(get_args(Kind))}; choose one")
         if self.weighting is None and self.kind != "weight":
             object.__setattr__(self, "weighting", "variance" if self.kind == "principal" else "equal")
-        if self.kind == "weight" and self.weighting is not None:
-            raise InputError(
-                f"weighting is {self.weighting!r}, but a reference that is a single weight has nothing to weigh;"
-                " leave it out, or choose references 'centroid' or 'principal'"
-            )
+        for name, given in (("weighting", self.weighting), ("members", self.members)):
+            if self.kind == "weight" and given is not None:
+                raise InputError(
+                    f"{name} is {given!r}, but a reference that is a single weight has nothing to weigh;"
+                    " leave it out, or choose references 'centroid' or 'principal'"
+                )
         if self.weighting not in (None, *get_args(Weighting)):
             raise InputError(f"weighting is {self.weighting!r}, expected 'equal' or 'variance'; choose one")
+        if self.members is not None and not (isinstance(self.members, numbers.Real) and 0 < self.members <= 1):
+            raise InputError(f"members is {self.members!r}, expected a share of the weights above 0, up to 1; use 0.05")
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a fit keeps of it: nothing where it is the paper's."""
-        return {} if self.kind == "weight" else {"references": self.kind, "weighting": self.weighting}
+        if self.kind == "weight":
+            return {}
+        share = {} if self.members is None else {"members": float(self.members)}
+        return {"references": self.kind, "weighting": self.weighting, **share}
+
+    def most_members(self, n_weights: int) -> int:
+        """How many of N weights may be members."""
+        return n_weights if self.members is None else max(int(self.members * n_weights), 1)
+
+    def among(self, candidates: Candidates, bounds: NDArray[np.int64]) -> Candidates:
+        """Those that may be members, of candidates in layers that have these `bounds`."""
+        places = at_most(np.arange(candidates.index.size), self.most_members(int(bounds[-1])))
+        return candidates if places.size == candidates.index.size else candidates.some(places, bounds)
 
     def refined(
         self, weights: NDArray[np.int64], trajectories: NDArray[np.floating[Any]], candidates: Candidates
@@ -141,6 +167,11 @@ class Motions:
             usual = np.sqrt((candidates.represents * relative**2).sum() / moving) or 1.0
             share = np.minimum(relative / (STILL * usual), 1.0)
         return cls(np.ascontiguousarray(unit.T), norm, share)
+
+
+def at_most(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """So many of them, evenly; all where they are no more."""
+    return places if places.size <= most else places[np.arange(most) * places.size // most]
 
 
 def _centroids(motions: Motions, mode: NDArray[np.int64], sign: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

@@ -65,6 +65,7 @@ def fit(
     *,
     references: Kind = "weight",
     weighting: Weighting | None = None,
+    members: float | None = None,
     updatable: bool = False,
     online: bool = False,
     reassign: bool | int = False,
@@ -98,6 +99,8 @@ def fit(
     weighting: what each probe weight counts for there. ``"equal"``, the default of centroids: the same, but for those
         that hardly move. ``"variance"``, the default of principal trajectories: σ² times the number of weights that it
         stands for, so that what is minimised is the error of the weights.
+    members: of at most which share of the weights these references are made, such as 0.05; of all in the probe by
+        default. Fewer have to be known to know the references, and explain a little less.
     updatable: keep 4·M + 8 bytes a weight more, so that `update` need not read the old epochs.
     online: take the epochs for the warm-up of online CMD: the weights modelled at a later epoch follow from all epochs
         up to that one, with the references of the warm-up.
@@ -120,7 +123,10 @@ def fit(
     rows = run.rows_of(epochs)
     if rows.size < 2:
         raise InputError(f"{run.path}: {rows.size} epochs to fit, a correlation needs at least 2; record or name more")
-    choice, wanted = SampleChoice(samples, sampling, seed, sample_index), ReferenceChoice(references, weighting)
+    choice, wanted = (
+        SampleChoice(samples, sampling, seed, sample_index),
+        ReferenceChoice(references, weighting, members),
+    )
     settings = {"modes": setting_of(modes), **choice.settings, **wanted.settings}
     candidates = checked_candidates(reassign)
     if online:

@@ -125,7 +125,7 @@ def choose(
         weights, found = sample[chosen], sampled.trajectories[:, chosen]
         if references.kind == "weight":
             return Chosen(Functional.of_weights(weights), found, curve, pca)
-        functional = references.refined(weights, found, candidates)
+        functional = references.refined(weights, found, references.among(candidates, bounds))
     probe = candidates.index
     places = np.minimum(np.searchsorted(probe, functional.index), probe.size - 1)
     inside = np.array_equal(probe[places], functional.index)

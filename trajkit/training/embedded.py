@@ -21,6 +21,9 @@ from .online import OnlineCMD, require_same_settings, require_state
 Whole = Literal["all", "rest"]
 STATE_VERSION = 1
 
+MEMBERS = 0.05
+"""Of the weights, in references: all that is never embedded. With so many they explain nearly what they do with all."""
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -50,15 +53,15 @@ class EmbeddedCMD:
     After the warm-up of `OnlineCMD`, at every `window`-th epoch, the weights whose a and b changed least since the last
     such epoch are embedded: from then on each `step` sets them to a·r + b, with the a and b that they have then and
     the trained value r of their reference, and clears their momentum. References are never embedded, nor weights that
-    had no gradient at the start. Those of ``"centroid"`` and ``"principal"`` are made of up to 16,384 weights: of a
-    model of not many more, few can be embedded, which a warning tells. The change of a weight is √(Δa² + Δb²).
+    had no gradient at the start. Those of ``"centroid"`` and ``"principal"`` are made of 5 % of the weights, up to
+    16,384, where `members` is not given. The change of a weight is √(Δa² + Δb²).
 
     optimizer: whose state of the embedded weights is cleared: momentum, and whatever else it keeps of each weight.
     window, percent, of: L; P; and of what: of ``"all"`` weights, which leaves none to train after 100/P windows and
         saves half of the trained weights at 150 epochs, or of the ``"rest"`` that is not embedded yet.
     threshold: instead of `percent`: all weights that changed less are embedded.
     mask_gradients: zero the gradients of embedded weights, too; else the epoch trains them, and they are overwritten.
-    settings: of `OnlineCMD`: warmup, modes, samples, seed, sampling, run.
+    settings: of `OnlineCMD`: warmup, modes, samples, seed, sampling, run, references, weighting, members, decay.
 
     Beside what online CMD keeps, it takes 9 bytes a weight. Raises `InputError` for settings that cannot be met.
     """
@@ -82,6 +85,8 @@ class EmbeddedCMD:
         _require_schedule(window, percent, of)
         if threshold is not None and not (_is_number(threshold) and threshold >= 0):
             raise InputError(f"threshold is {threshold!r}, expected a number of at least 0; use 1e-3 or the like")
+        if settings.get("references", "weight") != "weight":
+            settings.setdefault("members", MEMBERS)
         self.online = OnlineCMD(model, **settings)
         self.window, self.percent, self.of = int(window), float(percent), of
         self.threshold = None if threshold is None else float(threshold)
@@ -204,7 +209,7 @@ class EmbeddedCMD:
         if able < 0.9 * self.n_weights and not moments.functional.is_weights:
             warnings.warn(
                 f"the references are made of {self.n_weights - able} of the {self.n_weights} weights that are trained,"
-                f" and these are never embedded: the others are {able / self.n_weights:.1%}; take references='weight'",
+                f" and these are never embedded: the others are {able / self.n_weights:.1%}; ask for fewer members",
                 RuntimeWarning,
                 stacklevel=3,
             )

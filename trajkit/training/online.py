@@ -54,8 +54,8 @@ class OnlineCMD:
     run: where the training is recorded, a `Recorder` or a path: the warm-up is read there, and its fit is saved there
         as ``online10`` or the like. Each epoch has to be recorded before its update, and committed where a path is
         given. Without, the warm-up is kept in a temporary folder (TMPDIR), 4 bytes a weight and epoch, until it ends.
-    references, weighting: as for `trajkit.fit`: what a mode's weights are fitted to. A single weight brings its noise
-        at the last epoch into all of them; ``"centroid"`` and ``"principal"`` average it out.
+    references, weighting, members: as for `trajkit.fit`: what a mode's weights are fitted to. A single weight brings
+        its noise at the last epoch into all of them; ``"centroid"`` and ``"principal"`` average it out.
     reassign: of the two references with which a weight correlated most in the warm-up, its mode is the one with the
         larger correlation so far; a number chooses among so many. It takes 6 bytes a weight and 5 a candidate: 16
         instead of 11.
@@ -84,6 +84,7 @@ class OnlineCMD:
         sampling: Sampling = "balanced",
         references: Kind = "weight",
         weighting: Weighting | None = None,
+        members: float | None = None,
         reassign: bool | int = False,
         decay: float = 1.0,
         use_buffers: bool = False,
@@ -94,7 +95,7 @@ class OnlineCMD:
         self._choices = {
             "modes": checked_cut(modes, "modes"),
             **SampleChoice(samples, sampling, seed).settings,
-            **ReferenceChoice(references, weighting).settings,
+            **ReferenceChoice(references, weighting, members).settings,
             "reassign": checked_candidates(reassign),
             "decay": checked_decay(decay),
         }
