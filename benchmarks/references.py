@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -63,14 +62,15 @@ def references(cache: Path) -> list[str]:
         " Candidates: among how many references a weight's mode may change.",
         "",
     ]
-    for model, kind in LEARNING_RATES:
-        for optimizer in (kind, f"{kind}-cosine"):
-            runs = recorded(cache, model, optimizer)
-            if runs:
-                with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-                    work = partial(of_run, model=model, cache=cache)
-                    every = list(pool.map(work, [Path(run.path) for run in runs]))
-                lines += table(model, optimizer, every)
+    kinds = [(model, optimizer) for model, kind in LEARNING_RATES for optimizer in (kind, f"{kind}-cosine")]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        every = {
+            kind: [pool.submit(of_run, Path(run.path), kind[0], cache) for run in recorded(cache, *kind)]
+            for kind in kinds
+        }
+        for kind, seeds in every.items():
+            if seeds:
+                lines += table(*kind, [seed.result() for seed in seeds])
     return lines
 
 
