@@ -276,6 +276,10 @@ def test_following_goes_on_where_it_stopped(digits_run: Run) -> None:
     fit(digits_run, name="mine", epochs=range(30), samples=200)
     assert [len(fitted.epochs) for fitted in follow(digits_run.path, "mine")] == [40]
     assert [len(fitted.epochs) for fitted in follow(digits_run.path, "mine")] == [40]
+    chosen = open_run(digits_run.path).fit("mine").sample_index
+    assert [len(fitted.epochs) for fitted in follow(digits_run.path, "mine", sample_index=chosen[::-1])] == [40]
+    with pytest.raises(InputError, match="fit 'mine' has sample_index of others, not of these weights"):
+        [*follow(digits_run.path, "mine", sample_index=chosen[1:])]
     with pytest.raises(InputError, match="fit 'mine' has modes 10, not 3, and keeps its settings"):
         next(follow(digits_run.path, "mine", modes=3))
 
