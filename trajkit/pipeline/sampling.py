@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from ..errors import InputError, placed
 from ..kernels.clustering import Cut
 from ..kernels.components import variance_of_components
-from ..kernels.curve import Curve, Sample, Trial
+from ..kernels.curve import SMALL_SAMPLE, Curve, Sample, Trial
 from ..kernels.functionals import Functional
 from ..kernels.lines import Candidates, ReferenceChoice
 from ..kernels.sampling import (
@@ -28,9 +28,6 @@ from ..kernels.sampling import (
 )
 from ..run import Run
 from ..store.format import PROBE
-
-SMALL_SAMPLE = 1500
-"""One thread clusters so many in well under 0.1 s."""
 
 
 @dataclass(frozen=True)
