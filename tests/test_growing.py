@@ -92,6 +92,13 @@ def test_an_update_of_a_fit_of_some_epochs_takes_those_after_it(digits_run: Run)
     assert_is_the_oracles_steps_2_and_3(digits_run, updated)
 
 
+@pytest.mark.parametrize("truth", [1, np.True_])
+def test_what_is_true_makes_a_fit_that_can_be_read_and_updated(truth: Any, digits_run: Run) -> None:
+    made = fit(digits_run, modes=2, samples=100, epochs=range(9), name="a", updatable=truth)
+    assert made.stored.shape.updatable is True
+    assert update(open_run(digits_run.path), "a").epochs.size == 40
+
+
 def test_an_update_without_new_epochs_changes_nothing(digits_run: Run) -> None:
     fit(digits_run, name="a", samples=200)
     before = snapshot(digits_run.path)

@@ -147,5 +147,5 @@ def require_finite(run: Run, index: NDArray[np.int64], finite: NDArray[np.bool_]
     name = run.layout.weight_at(int(index[np.argmin(finite.all(axis=0))]))
     raise InputError(
         f"{run.path}: '{name}' is not finite at some of the epochs to fit, expected finite weights;"
-        " leave those epochs out with epochs="
+        " fit the other epochs alone, with epochs="
     )

@@ -58,7 +58,7 @@ class EmbeddedCMD:
         saves half of the trained weights at 150 epochs, or of the ``"rest"`` that is not embedded yet.
     threshold: instead of `percent`: all weights that changed less are embedded.
     mask_gradients: zero the gradients of embedded weights, too; else the epoch trains them, and they are overwritten.
-    settings: of `OnlineCMD`: warmup, modes, samples, seed, sampling, run.
+    settings: of `OnlineCMD`: warmup, modes, samples, seed, sampling, run, references, weighting, decay.
 
     Beside what online CMD keeps, it takes 9 bytes a weight. Raises `InputError` for settings that cannot be met.
     """
