@@ -93,7 +93,7 @@ def fit(
         for fitted in trajkit.follow(
             run, name or "followed", warmup, interval, **settings, **resources, device=options["device"]
         ):
-            echo_fit(run, fitted, options["modes"], time.perf_counter() - began, as_json, indent=None)
+            echo_fit(run, fitted, time.perf_counter() - began, as_json, indent=None)
             began = time.perf_counter()
         return
     opened = trajkit.open_run(run)
@@ -114,7 +114,7 @@ def fit(
     if update is not None and fitted.epochs[-1] == last and not as_json:
         click.echo(f"fit '{update}': nothing was recorded since epoch {last}")
     else:
-        echo_fit(run, fitted, options["modes"], time.perf_counter() - began, as_json)
+        echo_fit(run, fitted, time.perf_counter() - began, as_json)
 
 
 def _given(ctx: click.Context) -> set[str]:
@@ -165,7 +165,6 @@ def qualities(fitted: Decomposition) -> dict[str, Any]:
 def echo_fit(
     run: str | Path,
     fitted: Decomposition,
-    modes: str | int | None,
     elapsed_s: float,
     as_json: bool,
     indent: int | None = 2,
@@ -202,8 +201,9 @@ def echo_fit(
         for mode, (value, part) in enumerate(zip(found, fitted.quality_by_mode, strict=True))
     ]
     echo_table(["mode", what, "weights", "variance explained", "last-epoch error"], rows)
-    short = isinstance(modes, int) and fitted.n_modes < modes
-    fewer = f" ({modes} asked for, the sample has no more clusters)" if short else ""
+    asked = fitted.settings.get("modes")
+    short = isinstance(asked, int) and fitted.n_modes < asked
+    fewer = f" ({asked} asked for, the sample has no more clusters)" if short else ""
     click.echo(
         f"\nfit '{fitted.name}': {fitted.n_modes} modes{fewer}, {len(fitted.epochs)} epochs,"
         f" {number(quality.variance_explained)} of the variance explained, {elapsed_s:.2f} s"

@@ -73,6 +73,6 @@ def online(
             online=True,
             **settings,
         )
-    echo_fit(run, fitted, modes, time.perf_counter() - began, as_json)
+    echo_fit(run, fitted, time.perf_counter() - began, as_json)
     if not as_json:
         click.echo(f"epochs {sound[warmup]} to {sound[-1]} follow: trajkit evaluate {run} --fit {fitted.name} --with …")

@@ -146,6 +146,9 @@ def test_fewer_modes_than_asked_for_are_told(tmp_path: Path) -> None:
     assert modes < 9
     shown = invoke("fit", tmp_path / "run", "--modes", 9).stdout
     assert f"{modes} modes (9 asked for, the sample has no more clusters)" in shown
+    for words in (("fit",), ("fit", "--follow"), ("online", "--warmup", 3)):
+        by_default = invoke(words[0], tmp_path / "run", *words[1:]).stdout
+        assert f"{modes} modes (10 asked for, the sample has no more clusters)" in by_default
 
 
 @pytest.mark.parametrize(

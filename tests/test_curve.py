@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import MakeRun, correlated
+from threadpoolctl import threadpool_limits
 
 from trajkit import CMD, Run, fit, follow, open_run, update
 from trajkit.errors import InputError
@@ -172,6 +173,15 @@ def test_the_estimator_finds_what_the_fit_finds(kind: Kind, make_run: MakeRun) -
     np.testing.assert_array_equal(model.labels_, found.mode)
     np.testing.assert_array_equal(model.references_, found.reference)
     assert CMD(n_modes=4).fit(matrix.T).curve_ == ()
+
+
+def test_the_estimator_finds_the_same_with_any_number_of_threads() -> None:
+    matrix, index = correlated(14, 3000).T, np.sort(np.random.default_rng(2).choice(3000, 60, replace=False))
+    curves = set()
+    for threads in (1, 2, 4):
+        with threadpool_limits(threads, user_api="blas"):
+            curves.add(CMD("auto", sample_index=index, references="principal").fit(matrix).curve_)
+    assert len(curves) == 1
 
 
 def test_every_scheduler_chooses_the_same(make_run: MakeRun) -> None:

@@ -356,7 +356,7 @@ def test_a_not_finite_weight_is_refused_by_name(bad: float, column: int, make_ru
     run = make_run(matrix, sizes=(20, 20), nonfinite="record")
     name = "layer0" if column == 0 else "layer1"
     for choice in ({}, {"sample_index": [3, 4, 5]}, {"sampling": "variance"}):
-        with pytest.raises(InputError, match=rf"'{name}' is not finite .*leave those epochs out with epochs="):
+        with pytest.raises(InputError, match=rf"'{name}' is not finite .*fit the other epochs alone, with epochs="):
             fit(run, modes=3, **choice)  # type: ignore[arg-type]
     assert run.fits == ()
     assert fit(run, modes=3, epochs=range(6)).n_modes == 3

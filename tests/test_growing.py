@@ -92,6 +92,13 @@ def test_an_update_of_a_fit_of_some_epochs_takes_those_after_it(digits_run: Run)
     assert_is_the_oracles_steps_2_and_3(digits_run, updated)
 
 
+@pytest.mark.parametrize("truth", [1, np.True_])
+def test_what_is_true_makes_a_fit_that_can_be_read_and_updated(truth: Any, digits_run: Run) -> None:
+    made = fit(digits_run, modes=2, samples=100, epochs=range(9), name="a", updatable=truth)
+    assert made.stored.shape.updatable is True
+    assert update(open_run(digits_run.path), "a").epochs.size == 40
+
+
 def test_an_update_without_new_epochs_changes_nothing(digits_run: Run) -> None:
     fit(digits_run, name="a", samples=200)
     before = snapshot(digits_run.path)
@@ -276,6 +283,10 @@ def test_following_goes_on_where_it_stopped(digits_run: Run) -> None:
     fit(digits_run, name="mine", epochs=range(30), samples=200)
     assert [len(fitted.epochs) for fitted in follow(digits_run.path, "mine")] == [40]
     assert [len(fitted.epochs) for fitted in follow(digits_run.path, "mine")] == [40]
+    chosen = open_run(digits_run.path).fit("mine").sample_index
+    assert [len(fitted.epochs) for fitted in follow(digits_run.path, "mine", sample_index=chosen[::-1])] == [40]
+    with pytest.raises(InputError, match="fit 'mine' has sample_index of others, not of these weights"):
+        [*follow(digits_run.path, "mine", sample_index=chosen[1:])]
     with pytest.raises(InputError, match="fit 'mine' has modes 10, not 3, and keeps its settings"):
         next(follow(digits_run.path, "mine", modes=3))
 

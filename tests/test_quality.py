@@ -151,6 +151,16 @@ def test_a_fit_of_before_stays_readable_without_what_it_lacks(digits_run: Run) -
         ({"curve": {}}, "'curve' is a dict, expected list"),
         ({"modes": [[1, 0.5, 0.5, 0.5]]}, "a quality is not so many numbers"),
         ({"tensors": {"a": [1, 0.5, 0.5]}}, "a quality is not so many numbers"),
+        ({"modes": [[1, 1.0, 0.5]] * 2 + [[1, 1.0, 0.5, 1.0, 0.5]], "pca": None}, "a quality is not so many numbers"),
+        ({"modes": [[1, 1.0, 0.5, 1.0, -0.5]] * 3}, "a quality has a number below 0"),
+        ({"tensors": {"a": [1, 1.0, 0.5, -1.0, 0.5]}}, "a quality has a number below 0"),
+        ({"settings": {"references": 5}}, "'references' is 5, expected str"),
+        ({"settings": {"references": "\x1b[2J"}}, "'references' is no word"),
+        ({"settings": {"online": True, "decay": None}}, "decay is None, expected a number above 0"),
+        ({"settings": {"online": True, "decay": 1e300}}, r"decay is 1e\+300, expected a number above 0"),
+        ({"settings": {"online": True, "reassign": 0}}, "reassign is 0, expected True, or a number"),
+        ({"settings": {"online": True, "reassign": ["x"]}}, r"reassign is \['x'\], expected True, or a number"),
+        ({"settings": {"online": True, "reassign": 2}}, "it has not kept the correlations"),
     ],
 )
 def test_numbers_that_cannot_be_are_damage(changes: dict[str, Any], message: str, digits_run: Run) -> None:

@@ -444,6 +444,10 @@ def test_a_fit_that_is_followed_keeps_its_references(digits_run: Run) -> None:
     fit(digits_run, name="paper", samples=200)
     with pytest.raises(InputError, match="fit 'paper' has references weight, not centroid"):
         [*follow(digits_run.path, "paper", references="centroid")]
+    with pytest.raises(InputError, match="fit 'paper' has weighting None, not equal"):
+        [*follow(digits_run.path, "paper", weighting="equal")]
+    with pytest.raises(InputError, match=r"fit 'paper' has members None, not 0\.1"):
+        [*follow(digits_run.path, "paper", members=0.1)]
 
 
 def test_the_command_line_takes_them(digits_path: Path) -> None:

@@ -129,6 +129,7 @@ def fit(
     )
     settings = {"modes": setting_of(modes), **choice.settings, **wanted.settings}
     candidates = checked_candidates(reassign)
+    updatable = bool(updatable)  # as the fit keeps it, which could not be read again with a 1
     if online:
         settings["online"] = True
     elif candidates > 1 or decay != 1:

@@ -156,9 +156,19 @@ def follow(
 def _require_settings(known: Decomposition, settings: Mapping[str, Any]) -> None:
     """Raise `InputError` where a fit was made with other settings than these."""
     for key, value in settings.items():
-        wanted = setting_of(checked_cut(value, key)) if key == "modes" and value is not None else value
-        found = known.references if key == "references" else known.settings.get(key, wanted)
-        if found != wanted and value is not None:
+        if value is None:
+            continue
+        found, wanted = known.settings.get(key, value), value
+        if key == "modes":
+            wanted = setting_of(checked_cut(value, key))
+        elif key == "references":
+            found = known.references
+        elif key in ("weighting", "members"):
+            found = known.settings.get(key)  # none where each reference is a single weight
+        elif key == "sample_index":
+            same = np.array_equal(np.unique(np.asarray(value)), known.sample_index)
+            found, wanted = "of these weights" if same else "of others", "of these weights"
+        if found != wanted:
             raise InputError(
                 f"{known.run.path}: fit '{known.name}' has {key} {found}, not {wanted}, and keeps its settings;"
                 " choose another name or leave that out"

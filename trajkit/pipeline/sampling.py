@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from ..errors import InputError, placed
 from ..kernels.clustering import Cut
 from ..kernels.components import variance_of_components
-from ..kernels.curve import Curve, Sample, Trial
+from ..kernels.curve import SMALL_SAMPLE, Curve, Sample, Trial
 from ..kernels.functionals import Functional
 from ..kernels.lines import Candidates, ReferenceChoice
 from ..kernels.sampling import (
@@ -28,9 +28,6 @@ from ..kernels.sampling import (
 )
 from ..run import Run
 from ..store.format import PROBE
-
-SMALL_SAMPLE = 1500
-"""One thread clusters so many in well under 0.1 s."""
 
 
 @dataclass(frozen=True)
@@ -150,5 +147,5 @@ def require_finite(run: Run, index: NDArray[np.int64], finite: NDArray[np.bool_]
     name = run.layout.weight_at(int(index[np.argmin(finite.all(axis=0))]))
     raise InputError(
         f"{run.path}: '{name}' is not finite at some of the epochs to fit, expected finite weights;"
-        " leave those epochs out with epochs="
+        " fit the other epochs alone, with epochs="
     )

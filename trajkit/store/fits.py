@@ -26,6 +26,7 @@ from ..digest import canonical_json, digest
 from ..documents import parse, require_fields, require_kind
 from ..errors import DamagedRunError, PathExistsError, RunLockedError, UnknownNameError
 from ..kernels.functionals import Functional
+from ..kernels.running import checked_candidates, checked_decay
 from ..layout import ParameterLayout
 from .arrays import VerifiedReader, store
 from .commit import StoredObject
@@ -361,10 +362,12 @@ def _require_values(attributes: Mapping[str, Any]) -> None:
         raise ValueError("its modes, samples or version are no such numbers")
     if "n_members" in attributes and require_kind(attributes["n_members"], int, "'n_members'") < 1:
         raise ValueError("its references have no members")
-    n_numbers = {3, 5} if "pca" not in attributes else {5}
-    for quality in (*attributes["modes"], *attributes["tensors"].values()):
-        if len(_numbers(quality, "a quality")) not in n_numbers:
-            raise ValueError("a quality is not so many numbers as it has to be")
+    qualities = [_numbers(found, "a quality") for found in (*attributes["modes"], *attributes["tensors"].values())]
+    n_numbers = {len(quality) for quality in qualities}
+    if n_numbers != {5} and (n_numbers != {3} or "pca" in attributes):
+        raise ValueError("a quality is not so many numbers as it has to be")
+    if min(map(min, qualities)) < 0:
+        raise ValueError("a quality has a number below 0")
     if "pca" in attributes and len(_numbers(attributes["pca"], "'pca'")) != 2:
         raise ValueError("'pca' is not two numbers")
     curve = require_kind(attributes.get("curve", []), list, "'curve'")
@@ -372,6 +375,16 @@ def _require_values(attributes: Mapping[str, Any]) -> None:
         raise ValueError(f"'curve' is not up to {MOST_TRIED} pairs")
     for n_modes, _ in curve:
         require_kind(n_modes, int, "a number of modes")
+    _require_readable_settings(attributes["settings"], attributes["updatable"])
+
+
+def _require_readable_settings(settings: Mapping[str, Any], updatable: bool) -> None:
+    """Raise `ValueError` where those settings are others than a fit can have by which it is read."""
+    if not require_kind(settings.get("references", "weight"), str, "'references'").isidentifier():
+        raise ValueError("'references' is no word")
+    checked_decay(settings.get("decay", 1.0))
+    if checked_candidates(settings.get("reassign", 1)) > 1 and not updatable:
+        raise ValueError("its modes may change, but it has not kept the correlations for that")
 
 
 def _numbers(values: Any, what: str) -> list[Any]:
