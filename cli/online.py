@@ -23,7 +23,11 @@ from .output import progress
 @sample_options
 @reference_options
 @click.option(
-    "--reassign", is_flag=True, help="A weight's mode is the better one so far of its two best in the warm-up."
+    "--reassign",
+    metavar="K",
+    type=click.IntRange(min=1),
+    default=1,
+    help="A weight's mode is the best one so far of its K best in the warm-up.  [default: that of the warm-up]",
 )
 @click.option(
     "--decay",

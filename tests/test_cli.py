@@ -72,7 +72,7 @@ def test_online_cmd_is_replayed_and_evaluated_like_a_fit(digits_path: Path) -> N
     invoke("export", digits_path, "--fit", "online4", "--epoch", 30, "-o", exported)
     modelled = open_run(digits_path).fit("online4").state_dict(30)
     assert all(torch.equal(tensor, modelled[name]) for name, tensor in load_file(exported).items())
-    assert invoke_json("online", digits_path, "--reassign", "-q")["settings"]["online"]
+    assert invoke_json("online", digits_path, "--reassign", "3", "-q")["settings"]["reassign"] == 3
 
 
 def bias_sum(state_dict: dict[str, Any]) -> dict[str, float]:

@@ -512,6 +512,8 @@ def test_a_state_of_other_settings_or_another_model_is_refused(digits_run: Run) 
         ({"sampling": "fair"}, "sampling is 'fair', expected one of balanced"),
         ({"references": "mean"}, "references is 'mean', expected one of weight, centroid, principal"),
         ({"reassign": 0}, "reassign is 0, expected True, or a number"),
+        ({"reassign": 1 << 16}, "reassign is 65536, expected True, or a number of .*, up to 65535; use True"),
+        ({"seed": 1 << 63}, "seed is 9223372036854775808, expected an integer"),
         ({"reassign": "all"}, "reassign is 'all', expected True"),
         ({"decay": 0}, "decay is 0, expected a number above 0"),
         ({"decay": 1.5}, "decay is 1.5, expected a number above 0, at most 1"),

@@ -22,6 +22,9 @@ from .correlation import standardised
 # of it, so that a weight meets the same arithmetic in every block.
 PIECE = 8192
 
+MAX_MODES = 65535
+"""The number of a mode takes two bytes."""
+
 
 @dataclass(frozen=True)
 class References:

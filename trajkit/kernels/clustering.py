@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from ..errors import InputError
+from .affine import MAX_MODES
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class DistanceCut:
 Cut = int | DistanceCut | str
 """M; a distance; or, see `curve`, ``"auto"``, or a share of the variance that is to be explained, such as ``"95%"``."""
 
-MAX_MODES = 65535
 BLOCK_ROWS = 256
 SPARE_BYTES = 16 << 20
 

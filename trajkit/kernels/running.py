@@ -18,6 +18,7 @@ and a product with each, 5 bytes a candidate: its mode is the candidate with the
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from .affine import References
+from .affine import MAX_MODES, References
 
 TILE = 512
 """Weights handled at a time: what is noted of them stays in the first-level cache."""
@@ -174,16 +175,17 @@ def checked_candidates(reassign: bool | int) -> int:
     """How many candidates a weight has: 1 without re-assignment, 2 or a number with it; raises `InputError`."""
     if isinstance(reassign, bool):
         return 2 if reassign else 1
-    if not hasattr(reassign, "__index__") or reassign < 1:
+    if not hasattr(reassign, "__index__") or not 1 <= reassign <= MAX_MODES:
         raise InputError(
-            f"reassign is {reassign!r}, expected True, or a number of references to choose among; use True"
+            f"reassign is {reassign!r}, expected True, or a number of references to choose among, up to {MAX_MODES};"
+            " use True"
         )
     return int(reassign)
 
 
 def checked_decay(decay: float) -> float:
     """A decay above 0, up to 1, which leaves all epochs their weight; raises `InputError`."""
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1:
+    if isinstance(decay, bool) or not isinstance(decay, numbers.Real) or not 0 < decay <= 1:
         raise InputError(f"decay is {decay!r}, expected a number above 0, at most 1; use 0.9, or 1 for no decay")
     return float(decay)
 

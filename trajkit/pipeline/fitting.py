@@ -128,7 +128,7 @@ def fit(
         ReferenceChoice(references, weighting, members),
     )
     settings = {"modes": setting_of(modes), **choice.settings, **wanted.settings}
-    candidates = checked_candidates(reassign)
+    candidates, decay = checked_candidates(reassign), checked_decay(decay)
     updatable = bool(updatable)  # as the fit keeps it, which could not be read again with a 1
     if online:
         settings["online"] = True
@@ -136,7 +136,7 @@ def fit(
         raise InputError("reassign and decay are for online fits, others fit all epochs at once; leave them out")
     if candidates > 1:
         settings["reassign"], updatable = candidates, True
-    if checked_decay(decay) != 1:
+    if decay != 1:
         settings["decay"] = decay
     with scheduler_of(scheduler) as chosen_scheduler:
         resources = Resources(chosen_scheduler, bytes_of(memory), device)

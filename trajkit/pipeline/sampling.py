@@ -43,7 +43,7 @@ class SampleChoice:
         if self.sampling not in SAMPLINGS:
             raise InputError(f"sampling is {self.sampling!r}, expected one of {', '.join(SAMPLINGS)}; choose one")
         for what, value, least in (("samples", self.samples, 1), ("seed", self.seed, 0)):
-            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+            if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value < 1 << 63:
                 raise InputError(f"{what} is {value!r}, expected an integer of at least {least}; choose one")
 
     @property
