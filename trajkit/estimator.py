@@ -9,13 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
-from threadpoolctl import threadpool_limits
 
 from .errors import InputError
 from .kernels.affine import References
+from .kernels.choosing import choose_functional
 from .kernels.clustering import Cut, checked_cut
-from .kernels.curve import SMALL_SAMPLE, Curve, Sample, Trial
-from .kernels.functionals import Functional
+from .kernels.curve import Sample
 from .kernels.fused import fit_block_fused
 from .kernels.lines import Candidates, ReferenceChoice
 from .kernels.sampling import checked_sample, draw_by_variance
@@ -91,22 +90,10 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         choice = ReferenceChoice(self.references, self.weighting, self.members)  # type: ignore[arg-type]
         self.sample_indices_ = self._sample(values)
         sampled, candidates = Sample(self.sample_indices_, values[self.sample_indices_].T), _candidates(values)
-        self.curve_: Curve = ()
-        # Threads as in `trajkit.fit`: with other ones, sums are rounded otherwise.
-        with threadpool_limits(1 if self.sample_indices_.size <= SMALL_SAMPLE else None, user_api="blas"):
-            _ = sampled.tree  # which is kept
-        with threadpool_limits(1, user_api="blas"):
-            if isinstance(cut, str):
-                cut, self.curve_ = Trial.of(sampled, candidates, bounds, choice).choose(cut)
-            chosen = sampled.references(cut)
-            weights = self.sample_indices_[chosen]
-            self.__dict__.pop("reference_indices_", None)
-            if choice.kind == "weight":
-                self.reference_indices_ = weights
-                self.functional_ = Functional.of_weights(weights)
-            else:
-                made_of = choice.among(candidates, bounds)
-                self.functional_ = choice.refined(weights, sampled.trajectories[:, chosen], made_of)
+        self.functional_, self.curve_ = choose_functional(sampled, candidates, bounds, cut, choice)
+        self.__dict__.pop("reference_indices_", None)
+        if choice.kind == "weight":
+            self.reference_indices_ = self.functional_.index
         self.references_ = self.functional_.values(values[self.functional_.index].T)
         fitted = fit_block_fused(values.T, References(self.references_))
         self.labels_ = fitted.mode.astype(np.int64)

@@ -39,9 +39,6 @@ MOST_MEMBERS, MOST_HELD_OUT = 2048, 4096
 
 ROUNDS = 6
 
-SMALL_SAMPLE = 1500
-"""One thread clusters so many in well under 0.1 s."""
-
 
 @dataclass(frozen=True)
 class Sample:

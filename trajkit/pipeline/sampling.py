@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
 from ..errors import InputError, placed
+from ..kernels.choosing import choose_functional
 from ..kernels.clustering import Cut
 from ..kernels.components import variance_of_components
-from ..kernels.curve import SMALL_SAMPLE, Curve, Sample, Trial
+from ..kernels.curve import Curve, Sample
 from ..kernels.functionals import Functional
 from ..kernels.lines import Candidates, ReferenceChoice
 from ..kernels.sampling import (
@@ -109,20 +110,13 @@ def choose(
     sampled = Sample(sample, run.columns(sample, rows))
     require_finite(run, sample, np.isfinite(sampled.trajectories))
     candidates, bounds = candidates_of(run, rows), run.layout.weight_bounds
-    curve: Curve = ()
-    # Threads of BLAS spin on for a while after their work, beside those that then fit the blocks.
-    with threadpool_limits(1 if sample.size <= SMALL_SAMPLE else None, user_api="blas"):
-        _ = sampled.tree  # which is kept
+    with placed(str(run.path)):
+        functional, curve = choose_functional(sampled, candidates, bounds, cut, references)
     with threadpool_limits(1, user_api="blas"):
-        if isinstance(cut, str):
-            with placed(str(run.path)):
-                cut, curve = Trial.of(sampled, candidates, bounds, references).choose(cut)
-        chosen = sampled.references(cut)
         pca = variance_of_components(candidates)
-        weights, found = sample[chosen], sampled.trajectories[:, chosen]
-        if references.kind == "weight":
-            return Chosen(Functional.of_weights(weights), found, curve, pca)
-        functional = references.refined(weights, found, references.among(candidates, bounds))
+    if references.kind == "weight":
+        found = sampled.trajectories[:, np.searchsorted(sample, functional.index)]
+        return Chosen(functional, found, curve, pca)
     probe = candidates.index
     places = np.minimum(np.searchsorted(probe, functional.index), probe.size - 1)
     inside = np.array_equal(probe[places], functional.index)
