@@ -44,7 +44,7 @@ EMBEDDINGS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, Path], Any]] =
         model, optimizer, warmup=WARMUP, run=run, references="centroid", decay=0.9, members=1.0
     ),
     "embedded-few": lambda model, optimizer, run: trajkit.EmbeddedCMD(
-        model, optimizer, warmup=WARMUP, run=run, references="centroid", decay=0.9
+        model, optimizer, warmup=WARMUP, run=run, references="centroid", decay=0.9, members=0.05
     ),
     "overwriting": lambda model, _, run: OverwritingCMD(model, warmup=WARMUP, run=run),
     "references": lambda model, optimizer, run: ReferencesOnly(model, optimizer, warmup=WARMUP, run=run),
