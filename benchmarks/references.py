@@ -87,7 +87,7 @@ def table(model: str, optimizer: str, every: Sequence[tuple[Scores, Mapping[str,
     names = [f"post-hoc, {kind}" for kind in KINDS] + [f"online, {name}" for name in ONLINE]
     rate = LEARNING_RATES[model, optimizer.removesuffix("-cosine")]
     return [
-        f"### {model}, {optimizer} {rate:g}, {EPOCHS[model]} epochs, {len(every)} seeds",
+        f"### {model}, {optimizer} {rate:g}, {EPOCHS[model]} epochs, seeds: {len(every)}",
         "",
         f"| weights |{''.join(f' M = {modes} |' for modes in MODES)}",
         "|---|" + "---|" * len(MODES),

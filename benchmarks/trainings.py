@@ -186,7 +186,7 @@ def recorded(cache: Path, model: str, optimizer: str, embedding: str | None = No
     found = []
     for seed in itertools.count():
         training = Training(model, optimizer, seed, embedding)
-        if not run_of(cache, training).exists():
+        if not (run_of(cache, training) / "zarr.json").exists():  # a recorder without an epoch leaves an empty folder
             return found
         run = trajkit.open_run(run_of(cache, training))
         if run.last_epoch == training.epochs - 1:
