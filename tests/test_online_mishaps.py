@@ -203,7 +203,7 @@ def step(model: nn.Module, cmd: EmbeddedCMD, epochs: range) -> None:
 @pytest.mark.parametrize("references", ["centroid", "principal"])
 def test_references_of_so_many_weights_that_few_can_be_embedded_are_told(references: str) -> None:
     model = small_model()
-    cmd = embedded_cmd(model, references=references)
+    cmd = embedded_cmd(model, references=references, members=1.0)
     step(model, cmd, range(WARMUP - 1))
     with pytest.warns(RuntimeWarning, match=r"made of 57 of the 57 weights .* never embedded: the others are 0\.0%"):
         step(model, cmd, range(WARMUP - 1, WARMUP))
