@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from fit import fit_and_remove
-from measure import in_turn
-from trainings import recorded_names
+from measure import copy_of, in_turn
+from trainings import one_of_each
 
 import trajkit
 from trajkit.kernels.curve import MOST
@@ -23,7 +21,7 @@ ROUNDS = 5
 
 def automatic(cache: Path) -> list[str]:
     """A row for each run and kind of references."""
-    runs = [DIGITS, cache / "mnist", *(cache / "trainings" / name for name in recorded_names(cache))]
+    runs = [DIGITS, cache / "mnist", *one_of_each(cache)]
     return [
         f'## `modes="auto"` against every number of modes up to {MOST}',
         "",
@@ -38,8 +36,7 @@ def automatic(cache: Path) -> list[str]:
 
 def row(path: Path, kind: Kind) -> str:
     """What "auto" and every number of modes explain of a run, and what they take."""
-    with tempfile.TemporaryDirectory() as folder:  # fits of another version of this stay out of the recorded run
-        run = trajkit.open_run(shutil.copytree(path, Path(folder) / "run", copy_function=shutil.copyfile))
+    with copy_of(path) as run:
         found = trajkit.fit(run, modes="auto", references=kind, name="auto")
         chosen, explained = found.n_modes, found.quality.variance_explained
         tried = {

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import trajkit
+from trajkit.run import PathLike
 
 Seconds = Mapping[str, Sequence[float]]
 
 ROUNDS = 7
 MACHINE = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+
+
+@contextlib.contextmanager
+def copy_of(path: PathLike) -> Iterator[trajkit.Run]:
+    """A copy of a recorded run for the moment, so that no fit of another version of a benchmark is in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield trajkit.open_run(shutil.copytree(path, Path(folder) / "run"))
 
 
 def in_turn(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import copy_of
 from models import MODELS
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -83,8 +82,7 @@ def scores(
         return accuracy(module, images.test)
 
     found = {}
-    with tempfile.TemporaryDirectory() as folder:  # fits of another version of this stay out of the recorded run
-        copy = trajkit.open_run(shutil.copytree(run.path, Path(folder) / "run"))
+    with copy_of(run.path) as copy:
         for name, way in ways.items():
             before = set(copy.fits)
             found[name] = [scored(state_dict) for state_dict in way(copy, epochs)]

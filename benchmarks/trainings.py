@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import trajkit
 from data import cifar10, mnist
 from trajkit.errors import RunLockedError
+from trajkit.store.format import METADATA
 from trajkit.training.naive import OverwritingCMD, ReferencesOnly
 
 BATCH = 128
@@ -186,7 +187,7 @@ def recorded(cache: Path, model: str, optimizer: str, embedding: str | None = No
     found = []
     for seed in itertools.count():
         training = Training(model, optimizer, seed, embedding)
-        if not (run_of(cache, training) / "zarr.json").exists():  # a recorder without an epoch leaves an empty folder
+        if not (run_of(cache, training) / METADATA).exists():  # a recorder without an epoch leaves an empty folder
             return found
         run = trajkit.open_run(run_of(cache, training))
         if run.last_epoch == training.epochs - 1:
@@ -194,11 +195,11 @@ def recorded(cache: Path, model: str, optimizer: str, embedding: str | None = No
     return found
 
 
-def recorded_names(cache: Path) -> list[str]:
-    """One complete run of each kind of training, with CMD embedded or not."""
+def one_of_each(cache: Path) -> list[Path]:
+    """A complete run of each kind of training, with CMD embedded or not."""
     kinds = {(each.model, each.optimizer, each.embedding) for each in every_training(seeds=1)}
     found = [recorded(cache, *kind) for kind in sorted(kinds, key=str)]
-    return [Path(runs[0].path).name for runs in found if runs]
+    return [Path(runs[0].path) for runs in found if runs]
 
 
 def _train_epoch(

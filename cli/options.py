@@ -33,7 +33,12 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progres
 fit_option = click.option("--fit", "fit_name", metavar="NAME", help="A fit saved in the run.")
 
 
-_SAMPLE = (
+def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options, in this order, as one decorator."""
+    return lambda command: functools.reduce(lambda found, option: option(found), reversed(options), command)
+
+
+sample_options = _together(
     click.option(
         "--samples",
         type=click.IntRange(min=1),
@@ -50,7 +55,7 @@ _SAMPLE = (
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling."),
 )
-_REFERENCES = (
+reference_options = _together(
     click.option(
         "--references",
         type=click.Choice(["weight", "centroid", "principal"]),
@@ -71,16 +76,6 @@ _REFERENCES = (
         help="Of at most which share of the weights, such as 0.05, these many are.  [default: all in the probe]",
     ),
 )
-
-
-def sample_options(command: Command) -> Command:
-    """Which weights the clusters are found on."""
-    return functools.reduce(lambda found, option: option(found), reversed(_SAMPLE), command)
-
-
-def reference_options(command: Command) -> Command:
-    """What the references are made of."""
-    return functools.reduce(lambda found, option: option(found), reversed(_REFERENCES), command)
 
 
 class Modes(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click

@@ -23,7 +23,7 @@ def choose_functional(
     The curve is empty where the cut does not ask for one. The rounding of sums depends on the number of threads, which
     is one but for the clusters of many. Raises `InputError` where no number of modes explains the share asked for.
     """
-    with threadpool_limits(1 if sample.index.size <= SMALL_SAMPLE else None, user_api="blas"):
+    if sample.index.size > SMALL_SAMPLE:
         _ = sample.tree  # which is kept
     with threadpool_limits(1, user_api="blas"):
         curve: Curve = ()

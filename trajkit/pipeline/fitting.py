@@ -123,10 +123,8 @@ def fit(
     rows = run.rows_of(epochs)
     if rows.size < 2:
         raise InputError(f"{run.path}: {rows.size} epochs to fit, a correlation needs at least 2; record or name more")
-    choice, wanted = (
-        SampleChoice(samples, sampling, seed, sample_index),
-        ReferenceChoice(references, weighting, members),
-    )
+    choice = SampleChoice(samples, sampling, seed, sample_index)
+    wanted = ReferenceChoice(references, weighting, members)
     settings = {"modes": setting_of(modes), **choice.settings, **wanted.settings}
     candidates, decay = checked_candidates(reassign), checked_decay(decay)
     updatable = bool(updatable)  # as the fit keeps it, which could not be read again with a 1

@@ -28,6 +28,9 @@ from .tasks import BlockTask, ExtendBlock, FitBlock
 if TYPE_CHECKING:
     from .scheduling import Choice
 
+NOT_KEPT = {"references": "weight", "weighting": None, "members": None}
+"""Settings that a fit whose references are single weights has without keeping them."""
+
 EXTENDING_BUFFERS = 5
 """The values that are read, and twice their motion in float64."""
 
@@ -158,13 +161,9 @@ def _require_settings(known: Decomposition, settings: Mapping[str, Any]) -> None
     for key, value in settings.items():
         if value is None:
             continue
-        found, wanted = known.settings.get(key, value), value
+        found, wanted = known.settings.get(key, NOT_KEPT.get(key, value)), value
         if key == "modes":
             wanted = setting_of(checked_cut(value, key))
-        elif key == "references":
-            found = known.references
-        elif key in ("weighting", "members"):
-            found = known.settings.get(key)  # none where each reference is a single weight
         elif key == "sample_index":
             same = np.array_equal(np.unique(np.asarray(value)), known.sample_index)
             found, wanted = "of these weights" if same else "of others", "of these weights"

@@ -22,8 +22,8 @@ Whole = Literal["all", "rest"]
 STATE_VERSION = 1
 
 MEMBERS = 0.25
-"""Of the weights, at most, are made references of, and never embedded. The more there are, the more weights all over
-the model keep being trained at the end, and the less accuracy embedding costs, see docs/references.md."""
+"""The largest share of the weights that references are made of. These are never embedded: the more there are, the more
+weights all over the model are trained to the end, and the less accuracy embedding costs, see docs/references.md."""
 
 
 @dataclass(frozen=True)
