@@ -10,7 +10,7 @@ import click
 import trajkit
 
 from .options import epochs_option, json_option, quiet_option, run_argument
-from .output import echo_json, echo_table, number, progress
+from .output import echo, echo_json, echo_table, number, progress
 
 if TYPE_CHECKING:
     from trajkit.health.report import HealthReport
@@ -29,7 +29,7 @@ def check(ctx: click.Context, /, run: Path, epochs: list[int] | None, fast: bool
     """Look for faults in the content of RUN: epochs and tensors that are not what a training leaves behind.
 
     Duplicate, missing, out-of-order and outlying epochs; tensors that repeat themselves, never change, explode, or hold
-    NaN. Exit code 1 where something is suspicious.
+    NaN. The exit code is 0 where nothing is suspicious, 1 where something is, 2 where RUN could not be looked at.
 
     \b
     Example:
@@ -46,14 +46,14 @@ def check(ctx: click.Context, /, run: Path, epochs: list[int] | None, fast: bool
 
 def _echo(health: HealthReport) -> None:
     for finding in health.findings:
-        click.echo(f"{finding.kind}: {finding.text}")
+        echo(f"{finding.kind}: {finding.text}")
     for note in health.notes:
-        click.echo(f"note: {note.text}")
+        echo(f"note: {note.text}")
     if health.unchanged:
         _echo_unchanged(health.epochs[1:], health.unchanged)
     found = f"{len(health.findings)} suspicious" if health.findings else "nothing suspicious"
     epochs = f"{len(health.epochs)} epochs ({health.epochs[0]} to {health.epochs[-1]})"
-    click.echo(f"{health.path}: {epochs}, {found}")
+    echo(f"{health.path}: {epochs}, {found}")
 
 
 def _echo_unchanged(epochs: tuple[int, ...], shares: tuple[float, ...]) -> None:
@@ -61,5 +61,5 @@ def _echo_unchanged(epochs: tuple[int, ...], shares: tuple[float, ...]) -> None:
     most = sorted(zip(shares, epochs, strict=True), reverse=True)[:SHOWN]
     echo_table(["epoch", "share of weights unchanged"], [[str(epoch), number(share)] for share, epoch in most])
     if len(shares) > SHOWN:
-        click.echo(f"({len(shares) - SHOWN} epochs with less: trajkit check --json)")
-    click.echo("")
+        echo(f"({len(shares) - SHOWN} epochs with less: trajkit check --json)")
+    echo()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import json_option, quiet_option
-from .output import echo_json, echo_table, number, progress, size
+from .output import echo, echo_json, echo_table, number, progress, size
 
 if TYPE_CHECKING:
     from trajkit.demo import DemoResult
@@ -41,7 +41,8 @@ def demo(keep: Path | None, quiet: bool, as_json: bool) -> None:
     else:
         _echo(result)
         if keep is not None:
-            click.echo(f"\nlook at the run with: trajkit info {result.path}")
+            echo()
+            echo(f"look at the run with: trajkit info {result.path}")
 
 
 def _echo(result: DemoResult) -> None:
@@ -50,7 +51,7 @@ def _echo(result: DemoResult) -> None:
         for line in result.epochs
     ]
     echo_table(["epoch", "recorded accuracy", "CMD accuracy", "relative error"], rows)
-    click.echo("")
+    echo()
     rows = [
         ["modes", str(result.modes)],
         ["variance explained", number(result.variance_explained)],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,7 @@ def evaluate(
     """
     called = load_function(function)
     try:
-        with progress("evaluating", quiet) as report, warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+        with progress("evaluating", quiet) as report:
             evaluation = trajkit.evaluate(run, called, fit=fit_name, epochs=epochs, progress=report)
     except (trajkit.TrajkitError, OSError):
         raise

@@ -10,7 +10,7 @@ import click
 import trajkit
 
 from .options import EpochRange, fit_option, json_option, run_argument
-from .output import echo_json, size
+from .output import echo, echo_json, size
 
 if TYPE_CHECKING:
     from trajkit.averages import Average
@@ -93,14 +93,14 @@ def export(
         echo_json({"run": str(run), **chosen, "output": str(written), "bytes": n_bytes})
     else:
         source = "recorded" if fit_name is None else f"modelled by '{fit_name}'"
-        click.echo(f"{written}: {averaged or f'epoch {epoch} {source}'}, {size(n_bytes)}")
+        echo(f"{written}: {averaged or f'epoch {epoch} {source}'}, {size(n_bytes)}")
 
 
 def _warn(averaged: Average) -> None:
     if averaged.left_out:
-        click.echo(f"Warning: epoch {', '.join(map(str, averaged.left_out))} is marked as bad and left out", err=True)
+        echo(f"Warning: epoch {', '.join(map(str, averaged.left_out))} is marked as bad and left out", err=True)
     if averaged.has_batch_statistics:
-        click.echo(
+        echo(
             f"Warning: the statistics of BatchNorm are those of epoch {averaged.epochs[-1]}, not of the averaged"
             " weights; estimate them again, with torch.optim.swa_utils.update_bn",
             err=True,

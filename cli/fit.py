@@ -21,7 +21,7 @@ from .options import (
     run_argument,
     sample_options,
 )
-from .output import echo_json, echo_table, number, progress, talk
+from .output import echo, echo_json, echo_table, number, progress, talk
 
 if TYPE_CHECKING:
     from trajkit import Decomposition
@@ -112,7 +112,7 @@ def fit(
                 **resources,
             )
     if update is not None and fitted.epochs[-1] == last and not as_json:
-        click.echo(f"fit '{update}': nothing was recorded since epoch {last}")
+        echo(f"fit '{update}': nothing was recorded since epoch {last}")
     else:
         echo_fit(run, fitted, time.perf_counter() - began, as_json)
 
@@ -204,14 +204,15 @@ def echo_fit(
     asked = fitted.settings.get("modes")
     short = isinstance(asked, int) and fitted.n_modes < asked
     fewer = f" ({asked} asked for, the sample has no more clusters)" if short else ""
-    click.echo(
-        f"\nfit '{fitted.name}': {fitted.n_modes} modes{fewer}, {len(fitted.epochs)} epochs,"
+    echo()
+    echo(
+        f"fit '{fitted.name}': {fitted.n_modes} modes{fewer}, {len(fitted.epochs)} epochs,"
         f" {number(quality.variance_explained)} of the variance explained, {elapsed_s:.2f} s"
     )
     if fitted.pca:
         one, two = fitted.pca
-        click.echo(f"PCA of equal storage explains {number(one)}, with a component more {number(two)}")
-    click.echo(
+        echo(f"PCA of equal storage explains {number(one)}, with a component more {number(two)}")
+    echo(
         f"relative error of the last epoch {number(quality.last_epoch_error)}; takes {number(fitted.storage_ratio)} of"
         f" the storage of {len(fitted.epochs)} epochs"
     )
@@ -221,4 +222,4 @@ def echo_fit(
             for place, (tried, score) in enumerate(fitted.curve)
             if place % 3 == 0 or tried == fitted.n_modes or place == len(fitted.curve) - 1
         ]
-        click.echo(f"explained of held-out weights by so many modes: {', '.join(shown)}")
+        echo(f"explained of held-out weights by so many modes: {', '.join(shown)}")

@@ -11,7 +11,7 @@ import trajkit
 
 from .fit import qualities
 from .options import json_option, run_argument
-from .output import echo_json, echo_table, number, size
+from .output import echo, echo_json, echo_table, number, size
 
 if TYPE_CHECKING:
     from trajkit import Run
@@ -73,14 +73,17 @@ def _echo(run: dict[str, Any]) -> None:
     epochs, steps, forecast = run["epochs"], run["steps"], run["forecast"]
     labels = f"{epochs[0]} to {epochs[-1]}" + (f", steps {steps[0]} to {steps[-1]}" if steps else "")
     seconds = "" if forecast["epoch_s"] is None else f", written in {number(forecast['epoch_s'])} s"
-    click.echo(
+    echo(
         f"{run['run']}: {len(epochs)} epochs ({labels}) of {run['weights']:,} weights,"
-        f" {size(run['size_bytes'])} on disk, {size(run['epoch_bytes'])} an epoch{seconds}\n"
+        f" {size(run['size_bytes'])} on disk, {size(run['epoch_bytes'])} an epoch{seconds}"
     )
+    echo()
     if forecast["epochs"] > len(epochs):
-        click.echo(f"planned: {forecast['text']}\n")
+        echo(f"planned: {forecast['text']}")
+        echo()
     if run["bad_epochs"]:
-        click.echo(f"bad, see trajkit verify: epoch {', '.join(map(str, run['bad_epochs']))}\n")
+        echo(f"bad, see trajkit verify: epoch {', '.join(map(str, run['bad_epochs']))}")
+        echo()
     fits = run["fits"]
     rows = [
         [
@@ -106,14 +109,15 @@ def _echo(run: dict[str, Any]) -> None:
     _echo_metrics(run["metrics"], steps)
     for evaluation in run["evaluations"]:
         fit = evaluation["fit"] or "recorded weights alone"
-        click.echo(f"\nevaluated {len(evaluation['epochs'])} epochs with {evaluation['function']}, fit: {fit}")
+        echo()
+        echo(f"evaluated {len(evaluation['epochs'])} epochs with {evaluation['function']}, fit: {fit}")
 
 
 def _echo_metrics(metrics: dict[str, dict[str, float]], steps: list[int] | None, shown: int = 10) -> None:
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     if not names:
         return
-    click.echo("")
+    echo()
     labels = (
         [[epoch, str(step)] for epoch, step in zip(metrics, steps, strict=True)] if steps else [[e] for e in metrics]
     )
@@ -123,4 +127,4 @@ def _echo_metrics(metrics: dict[str, dict[str, float]], steps: list[int] | None,
     ]
     echo_table(["epoch", *(["step"] if steps else []), *names], rows[-shown:])
     if len(rows) > shown:
-        click.echo(f"({len(rows) - shown} earlier epochs: trajkit info --json)")
+        echo(f"({len(rows) - shown} earlier epochs: trajkit info --json)")

@@ -13,7 +13,7 @@ from trajkit.errors import InputError
 
 from .fit import echo_fit
 from .options import json_option, modes_option, quiet_option, reference_options, run_argument, sample_options
-from .output import progress
+from .output import echo, progress
 
 
 @click.command()
@@ -79,4 +79,4 @@ def online(
         )
     echo_fit(run, fitted, time.perf_counter() - began, as_json)
     if not as_json:
-        click.echo(f"epochs {sound[warmup]} to {sound[-1]} follow: trajkit evaluate {run} --fit {fitted.name} --with …")
+        echo(f"epochs {sound[warmup]} to {sound[-1]} follow: trajkit evaluate {run} --fit {fitted.name} --with …")

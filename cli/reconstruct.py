@@ -9,7 +9,7 @@ import click
 import trajkit
 
 from .options import fit_option, json_option, run_argument
-from .output import echo_json, size
+from .output import echo, echo_json, size
 
 
 @click.command()
@@ -34,4 +34,4 @@ def reconstruct(run: str | Path, fit_name: str | None, epoch: int, output: Path,
         echo_json({"run": str(run), "fit": fit_name, "epoch": epoch, "file": str(written), "bytes": n_bytes})
     else:
         source = "recorded" if fit_name is None else f"modelled by '{fit_name}'"
-        click.echo(f"{written}: epoch {epoch} {source}, {size(n_bytes)}")
+        echo(f"{written}: epoch {epoch} {source}, {size(n_bytes)}")

@@ -15,7 +15,7 @@ import click
 import trajkit
 
 from .options import json_option, quiet_option, run_argument
-from .output import echo_json, progress, talk
+from .output import echo, echo_json, progress, talk
 
 if TYPE_CHECKING:
     from trajkit.checkpoints.importing import Imported
@@ -196,7 +196,7 @@ def _import(run: str | Path, checkpoints: Sequence[Path], quiet: bool, as_json: 
     if as_json:
         echo_json({"run": str(run), "files": [_plain(item) for item in imported]})
     else:
-        click.echo(_counted(run, imported))
+        echo(_counted(run, imported))
 
 
 def _watch(
@@ -220,15 +220,15 @@ def _watch(
         for item in watch.follow():
             imported.append(item)
             if not quiet:
-                click.echo(f"epoch {item.epoch}: {item.path} {'recorded' if item.new else 'healed it'}", err=True)
+                echo(f"epoch {item.epoch}: {item.path} {'recorded' if item.new else 'healed it'}", err=True)
     left = watch.unrecorded | watch.unfinished()
     if as_json:
         unrecorded = [{"path": str(path), "why": why} for path, why in left.items()]
         echo_json({"run": str(run), "files": [_plain(item) for item in imported], "unrecorded": unrecorded})
     else:
-        click.echo(_counted(run, imported))
+        echo(_counted(run, imported))
     for path, why in watch.unfinished().items():
-        click.echo(f"{path} is not recorded: {why}", err=True)
+        echo(f"{path} is not recorded: {why}", err=True)
     ctx.exit(1 if left else 0)
 
 
@@ -243,7 +243,7 @@ def _ended_by_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(err=True)  # the terminal has written ^C
+        echo(err=True)  # the terminal has written ^C
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -254,14 +254,14 @@ def _launch(ctx: click.Context, run: str | Path, command: Sequence[str], quiet: 
 
     launched = launch(run, command)
     if launched.refused is not None:
-        click.echo(f"Error: {launched.refused}", err=True)
+        echo(f"Error: {launched.refused}", err=True)
     elif as_json:
         echo_json({"run": str(run), "epochs": launched.epochs, "exit_code": launched.exit_code})
     elif not launched.epochs:
-        click.echo(f"{run}: no epoch recorded; does the training use trajkit.Recorder(model)?", err=True)
+        echo(f"{run}: no epoch recorded; does the training use trajkit.Recorder(model)?", err=True)
     elif not quiet:
         first, last = launched.epochs[0], launched.epochs[-1]
-        click.echo(f"{run}: {len(launched.epochs)} epochs recorded ({first} to {last})", err=True)
+        echo(f"{run}: {len(launched.epochs)} epochs recorded ({first} to {last})", err=True)
     ctx.exit(launched.exit_code)
 
 

@@ -12,7 +12,7 @@ import click
 import trajkit
 
 from .options import json_option, quiet_option, run_argument
-from .output import echo_json, progress
+from .output import echo, echo_json, progress
 
 if TYPE_CHECKING:
     from trajkit.store.repair import Repair
@@ -27,7 +27,7 @@ def repair(run: str | Path, quiet: bool, as_json: bool) -> None:
 
     Metadata and whatever follows from other objects is made again. Epochs that are damaged are marked as bad, and
     fits and evaluations leave them out; record the checkpoint of one again to heal it. The exit code is 0 where all is
-    sound then, 1 where epochs are bad or something else remains.
+    sound then, 1 where epochs are bad or something else remains, 2 where RUN could not be repaired.
 
     \b
     Example:
@@ -46,18 +46,18 @@ def repair(run: str | Path, quiet: bool, as_json: bool) -> None:
 
 def _echo(done: Repair) -> None:
     for action in done.actions:
-        click.echo(action)
+        echo(action)
     for damage in done.damages:
         if damage.row is None:
-            click.echo(f"not cured: {damage}")
+            echo(f"not cured: {damage}")
     healable = [epoch for epoch in done.bad_epochs if epoch not in done.lost_epochs]
     if healable:
-        click.echo(f"epoch {_spelled(healable)}: bad; its checkpoint heals it (trajkit record {done.run} …), or a copy")
+        echo(f"epoch {_spelled(healable)}: bad; its checkpoint heals it (trajkit record {done.run} …), or a copy")
     if done.lost_epochs:
-        click.echo(f"epoch {_spelled(done.lost_epochs)}: bad, its commit record is lost; restore it from a copy")
+        echo(f"epoch {_spelled(done.lost_epochs)}: bad, its commit record is lost; restore it from a copy")
     left = "usable" if len(done.bad_epochs) < done.epochs else "no epoch is sound"
     verdict = left if done.damages else "sound"
-    click.echo(f"{done.run}: {verdict}" if done.actions else f"{done.run}: {verdict}, nothing to do")
+    echo(f"{done.run}: {verdict}" if done.actions else f"{done.run}: {verdict}, nothing to do")
 
 
 def _spelled(epochs: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ import click
 import trajkit
 
 from .options import json_option, quiet_option, run_argument
-from .output import echo_json, progress, size
+from .output import echo, echo_json, progress, size
 
 if TYPE_CHECKING:
     from trajkit.store.verify import Verification
@@ -32,7 +32,7 @@ def verify(run: str | Path, fast: bool, sampled: bool, full: bool, quiet: bool, 
     """Look for damage in RUN: objects that are missing, truncated, flipped, swapped or emptied.
 
     Nothing is changed, and a training may be recording. The exit code is 0 where all is sound, 1 where something is
-    damaged, and where RUN cannot be looked at: then the error is on stderr and stdout is empty.
+    damaged, 2 where RUN could not be looked at: then the error is on stderr and stdout is empty.
 
     \b
     Example:
@@ -52,11 +52,11 @@ def verify(run: str | Path, fast: bool, sampled: bool, full: bool, quiet: bool, 
 
 def _echo(found: Verification) -> None:
     for damage in found.damages:
-        click.echo(str(damage))
+        echo(str(damage))
     if found.bad_epochs:
-        click.echo(f"marked as bad: epoch {', '.join(map(str, found.bad_epochs))}")
+        echo(f"marked as bad: epoch {', '.join(map(str, found.bad_epochs))}")
     if found.leftovers:
-        click.echo(f"left of an interrupted recording or fit, and harmless: {len(found.leftovers)} objects")
+        echo(f"left of an interrupted recording or fit, and harmless: {len(found.leftovers)} objects")
     hashed = f"{found.hashed} of {found.objects} objects hashed, {size(found.hashed_bytes)} in {found.elapsed_s:.2f} s"
     verdict = "sound" if found.sound else f"{len(found.damages)} damaged"
-    click.echo(f"{found.run}: {found.epochs} epochs, {hashed}: {verdict}")
+    echo(f"{found.run}: {found.epochs} epochs, {hashed}: {verdict}")

@@ -552,6 +552,34 @@ def invoke(*arguments: object, code: int) -> Result:
     return result
 
 
+EXAMINING = pytest.mark.parametrize("command", ["check", "verify", "repair"])
+
+
+@EXAMINING
+@pytest.mark.parametrize("place", ["nowhere", "zarr.json"])
+def test_exit_code_2_says_that_there_was_nothing_to_look_at(command: str, place: str, digits_path: Path) -> None:
+    told = invoke(command, digits_path / place, "-q", code=2)
+    assert told.stdout == ""
+    assert told.stderr.startswith("Error: ")
+    assert told.stderr.count("\n") == 1
+
+
+@EXAMINING
+@pytest.mark.parametrize(
+    ("stopped", "said"), [(KeyboardInterrupt, "Aborted!"), (ZeroDivisionError, "ZeroDivisionError")]
+)
+def test_exit_code_2_says_that_a_command_came_to_no_result(
+    stopped: type[BaseException], said: str, command: str, digits_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise stopped
+
+    monkeypatch.setattr(trajkit, command, stop)
+    told = invoke(command, digits_path, "-q", code=2)
+    assert told.stdout == ""
+    assert told.stderr.splitlines()[-1] == said
+
+
 def test_what_cannot_be_checked_is_refused(digits_run: Run, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="no epoch 99"):
         check(digits_run, epochs=[99])
@@ -569,7 +597,7 @@ def test_a_damaged_object_names_itself_and_the_way_to_the_others(digits_path: Pa
     with pytest.raises(DamagedRunError, match=r"epoch 7: .*; see all that is damaged with: trajkit verify .*digits$"):
         check(digits_path)
     assert check(digits_path, fast=True).healthy
-    said = invoke("check", digits_path, "-q", code=1).stderr
+    said = invoke("check", digits_path, "-q", code=2).stderr
     assert len(said.strip().splitlines()) == 1
     assert "trajkit verify" in said
 

@@ -219,7 +219,7 @@ def test_epochs_are_written_as_ranges(text: str, epochs: list[int]) -> None:
 
 
 def test_numbers_and_sizes_are_short() -> None:
-    assert [number(value) for value in (None, 0.123456, 1e-9, float("nan"))] == ["-", "0.1235", "1e-09", "nan"]
+    assert [number(value) for value in (None, 0.123456, 1e-9, float("nan"))] == ["–", "0.1235", "1e-09", "nan"]
     sizes = [size(value) for value in (0, 1023, 1024, 3 << 30, 5 << 50)]
     assert sizes == ["0 B", "1023 B", "1.0 KiB", "3.0 GiB", "5120.0 TiB"]
 

@@ -502,7 +502,7 @@ def test_the_commands_say_what_they_found_and_exit_by_it(run_path: Path) -> None
     assert json.loads(invoke("repair", place, "--json", "-q").output)["bad_epochs"] == [2]
     (run_path / "probe/c/3/0").write_bytes(b"")
     assert invoke("repair", place, "-q").exit_code == 1
-    assert invoke("verify", str(run_path / "nothing")).exit_code == 1
+    assert invoke("verify", str(run_path / "nothing")).exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ A message says where, what was expected, what was found and the cure, in one lin
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,6 +57,18 @@ class MemoryBudgetError(TrajkitError, MemoryError):
 
 class ClusterError(TrajkitError, RuntimeError):
     """The workers of a cluster could not be reached, or died at the work."""
+
+
+class TrajkitWarning(UserWarning):
+    """Something was done as asked, and the result is likely not what was meant."""
+
+
+def warn(message: str) -> None:
+    """Give a `TrajkitWarning` at the line outside of trajkit that made the call."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith("trajkit."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, TrajkitWarning, stacklevel=level)
 
 
 @contextmanager
