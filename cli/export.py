@@ -34,7 +34,18 @@ class Averaged(EpochRange):
     type=Averaged(),
     help="The average of the last:10 recorded epochs, or of 3,5,7 or 10:40 (40 not included); all weigh the same.",
 )
-@click.option("--ema", type=float, metavar="DECAY", help="The exponential moving average of all epochs, such as 0.999.")
+@click.option(
+    "--ema",
+    type=float,
+    metavar="DECAY",
+    help="Decay, per recorded epoch, of an exponential moving average of all epochs up to --epoch, such as 0.9.",
+)
+@click.option(
+    "--ema-half-life",
+    type=float,
+    metavar="EPOCHS",
+    help="Half-life of such an average, in recorded epochs, such as 5.",
+)
 @click.option(
     "--format",
     "format_name",
@@ -51,6 +62,7 @@ def export(
     fit_name: str | None,
     average: Any,
     ema: float | None,
+    ema_half_life: float | None,
     format_name: Any,
     output: str,
     max_shard_size: str | None,
@@ -66,11 +78,17 @@ def export(
     Examples:
       trajkit export data/digits --epoch 39 -o epoch39.pt
       trajkit export data/digits --average last:10 --format safetensors -o averaged/
+      trajkit export data/digits --ema-half-life 5 -o ema.pt
     """
-    if sum(value is not None for value in (fit_name, average, ema)) > 1:
+    if None not in (ema, ema_half_life):
+        raise click.UsageError("--ema and --ema-half-life exclude each other; give one")
+    is_ema = ema is not None or ema_half_life is not None
+    if (fit_name is not None) + (average is not None) + is_ema > 1:
         raise click.UsageError("--fit, --average and --ema exclude each other; give one")
     opened = trajkit.open_run(run)
-    averaged = None if average is None and ema is None else opened.average(average, ema, up_to=epoch)
+    averaged = None
+    if average is not None or is_ema:
+        averaged = opened.average(average, ema, up_to=epoch, ema_half_life=ema_half_life)
     if epoch is None:
         epoch = averaged.epochs[-1] if averaged else opened.last_epoch
     written = trajkit.write_checkpoint(
@@ -81,6 +99,7 @@ def export(
         overwrite=force,
         average=average,
         ema=ema,
+        ema_half_life=ema_half_life,
         format=format_name,
         max_shard_size=max_shard_size,
     )
@@ -89,7 +108,9 @@ def export(
     n_bytes = sum(file.stat().st_size for file in ([written] if written.is_file() else written.iterdir()))
     if as_json:
         epochs = {"averaged": list(averaged.epochs), "left_out": list(averaged.left_out)} if averaged else {}
-        chosen = {"epoch": epoch, "fit": fit_name, "ema": ema, **epochs}
+        chosen = {"epoch": epoch, "fit": fit_name, "ema": averaged.decay if averaged else None, **epochs}
+        if ema_half_life is not None:
+            chosen["ema_half_life"] = ema_half_life
         echo_json({"run": str(run), **chosen, "output": str(written), "bytes": n_bytes})
     else:
         source = "recorded" if fit_name is None else f"modelled by '{fit_name}'"

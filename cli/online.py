@@ -34,7 +34,7 @@ from .output import echo, progress
     type=float,
     default=1.0,
     show_default=True,
-    help="An epoch after the warm-up counts for so many times what the next one does.",
+    help="Weight of an epoch relative to the next recorded one, after the warm-up, such as 0.9.",
 )
 @click.option("--name", help="Of the fit in the run.  [default: online10 or the like]")
 @click.option(

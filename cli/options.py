@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import click
 from click.shell_completion import CompletionItem
 
 Command = Callable[..., Any]
+
+MOST_EPOCHS = 10_000_000
+"""Epochs that one option can name."""
 
 
 class RunPlace(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
@@ -112,14 +116,21 @@ class EpochRange(click.ParamType):  # type: ignore[type-arg]  # generic only in 
         """Parse one option's value."""
         if not isinstance(value, str):
             return value
-        epochs: list[int] = []
         try:
-            for part in value.split(","):
-                numbers = [int(number) for number in part.split(":")]
-                epochs += numbers if len(numbers) == 1 else range(*numbers)
-        except (ValueError, TypeError):
-            self.fail(f"{value!r} names no epochs; write 3, or 0,5,9, or 10:40, or 10:40:5", param, ctx)
-        return epochs
+            parts = [_named(part) for part in value.split(",")]
+            n_epochs = sum(map(len, parts)) if all(parts) else 0
+        except (ValueError, TypeError, OverflowError):
+            n_epochs = 0
+        if not 0 < n_epochs <= MOST_EPOCHS:
+            what = f"more than {MOST_EPOCHS:,}" if n_epochs else "no"
+            self.fail(f"{value!r} names {what} epochs; write 3, or 0,5,9, or 10:40, or 10:40:5", param, ctx)
+        return [*itertools.chain.from_iterable(parts)]
+
+
+def _named(part: str) -> Sequence[int]:
+    """Return the epochs of ``3`` or ``10:40:5``."""
+    numbers = [int(number) for number in part.split(":")]
+    return numbers if len(numbers) == 1 else range(*numbers)
 
 
 epochs_option = click.option(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -33,6 +34,9 @@ from trajkit.store.archive import Archive
 State = dict[str, Tensor]
 
 N_EPOCHS = 6
+
+# Averages of few epochs hold much of the first one, and a warning says so.
+of_few_epochs = pytest.mark.filterwarnings("ignore::trajkit.errors.TrajkitWarning")
 
 
 class Half(Awkward):
@@ -106,6 +110,7 @@ WAYS: dict[str, tuple[str, dict[str, Any], Callable[[Path, State], State]]] = {
 }
 
 
+@of_few_epochs
 @pytest.mark.parametrize(
     "source", [{}, {"fit": "three"}, {"fit": "online2"}, {"average": "last:3"}, {"ema": 0.5}], ids=str
 )
@@ -175,6 +180,7 @@ def test_every_slab_is_read_once(
     assert len(reads) == len(set(reads)) == n_slabs * (4 if average else 1)
 
 
+@of_few_epochs
 def test_buffers_are_those_of_the_last_averaged_epoch(recorded: tuple[Path, list[State]]) -> None:
     path, states = recorded
     for epoch, averaged in ((4, {"average": "last:2"}), (4, {"ema": 0.9}), (None, {"average": [0, 4]})):
@@ -366,7 +372,13 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(way: str, make_run: 
         ({"average": [1, 1]}, r"epoch 1 is named twice"),
         ({"average": [1, 5], "epoch": 3}, r"epoch 5 is to be averaged, expected epochs up to 3; leave it out"),
         ({"average": 3}, r"epochs is 3, expected several integers; pass a list or a range"),
-        ({"ema": 1}, r"ema is 1, expected a decay from 0 up to, not including, 1; 0.999 is usual"),
+        ({"ema": 1}, r"ema is 1, expected a decay from 0 up to, not including, 1; it is per recorded epoch: take 0.9"),
+        ({"ema": True}, r"ema is True, expected a decay"),
+        ({"ema_half_life": 0}, r"ema_half_life is 0, expected a number of recorded epochs above 0; take 5"),
+        ({"ema_half_life": 5, "ema": 0.9}, r"ema and ema_half_life exclude each other"),
+        ({"epoch": "3"}, r"epoch is '3', expected an integer"),
+        ({"average": b"last:2"}, r"epochs is b'last:2', expected several integers"),
+        ({"average": np.ones((2, 2), int)}, r"epoch is array\(\[1, 1\]\), expected an integer"),
         ({"ema": -0.1}, r"ema is -0.1, expected a decay"),
         ({"ema": float("nan")}, r"ema is nan, expected a decay"),
         ({"ema": "0.9"}, r"ema is '0.9', expected a decay"),
@@ -484,3 +496,20 @@ def test_sources_that_exclude_each_other_are_a_usage_error(run: Run, tmp_path: P
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert "--fit, --average and --ema exclude each other; give one" in result.output
+    arguments = ["export", str(run.path), "--ema", "0.9", "--ema-half-life", "5", "-o", str(tmp_path / "a.pt")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "--ema and --ema-half-life exclude each other; give one" in result.output
+
+
+def test_an_average_that_is_mostly_its_first_epoch_is_told_once(run: Run, tmp_path: Path) -> None:
+    said = export(run.path, "--ema", 0.999, "-o", tmp_path / "a.pt")
+    first, rest = said.stderr.splitlines()
+    assert first == (
+        f"Warning: {run.path}: EMA 0.999 of 6 epochs, 0 to 5: 99.5 % of it is the first epoch, as the decay is per"
+        " recorded epoch; a half-life of 1.1 or less (ema_half_life=, --ema-half-life) leaves at most 5 %"
+    )
+    assert rest.startswith("Warning: the statistics of BatchNorm")
+    told = json.loads(export(run.path, "--ema-half-life", 1, "-o", tmp_path / "b.pt", "--json").stdout)
+    assert (told["ema"], told["ema_half_life"]) == (0.5, 1)
+    assert same(torch.load(tmp_path / "b.pt", weights_only=True), load_weights(run, ema=0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .averages import Average, average_of
+from .averages import Average, Averaging, range_of
 from .decomposition import Decomposition
 from .errors import InputError, UnknownNameError
 from .layout import ParameterLayout, TensorEntry
@@ -103,6 +104,7 @@ class Run:
 
     def row_of(self, epoch: int) -> int:
         """Position of a recorded epoch; raises `UnknownNameError` naming the nearest ones."""
+        epoch = _label(epoch, "epoch")
         row = int(np.searchsorted(self.epochs, epoch))
         if row == len(self.epochs) or self.epochs[row] != epoch:
             near = ", ".join(str(label) for label in self.epochs[max(row - 2, 0) : row + 2])
@@ -116,9 +118,10 @@ class Run:
         """
         if epochs is None:
             return np.array([row for row in range(len(self.epochs)) if row not in self.archive.marks], dtype=np.int64)
-        if isinstance(epochs, str) or not isinstance(epochs, Iterable):
-            raise InputError(f"epochs is {epochs!r}, expected several integers; pass a list or a range")
-        rows = np.array(sorted(self.row_of(_label(epoch, "epoch")) for epoch in epochs), dtype=np.int64)
+        if isinstance(epochs, str | bytes) or not isinstance(epochs, Iterable):
+            cure = (isinstance(epochs, str) and range_of(epochs)) or "a list or a range"
+            raise InputError(f"epochs is {epochs!r}, expected several integers; pass {cure}")
+        rows = np.array(sorted(self.row_of(epoch) for epoch in epochs), dtype=np.int64)
         if np.any(np.diff(rows) == 0):
             twice = self.epochs[rows[:-1][np.diff(rows) == 0][0]]
             raise InputError(f"epoch {twice} is named twice, expected each once; name it once")
@@ -185,18 +188,25 @@ class Run:
         return (OnlineDecomposition if stored.attributes["settings"].get("online") else Decomposition)(self, stored)
 
     def average(
-        self, epochs: str | Iterable[int] | None = None, ema: float | None = None, up_to: int | None = None
+        self,
+        epochs: str | Iterable[int] | None = None,
+        ema: float | None = None,
+        up_to: int | None = None,
+        *,
+        ema_half_life: float | None = None,
     ) -> Average:
         """The average of recorded epochs, of which nothing is read yet; those marked as bad are left out.
 
         epochs: ``"last:10"``, the last ten up to `up_to`; or labels, such as ``range(30, 40)``. All weigh the same.
-        ema: instead, the decay in [0, 1) of an exponential moving average over all epochs up to `up_to`.
+        ema: instead, the decay in [0, 1) per recorded epoch of an exponential moving average over all epochs up to
+            `up_to`, such as 0.9.
+        ema_half_life: instead, its half-life in recorded epochs, such as 5; the decay is 2^(-1/half-life).
         up_to: by default the last epoch.
 
         Raises `InputError` for more epochs than there are, or for none; `UnknownNameError` for one that is not
-        recorded.
+        recorded. Gives a `trajkit.errors.TrajkitWarning` for an EMA that holds more than 5 % of its first epoch.
         """
-        return average_of(self, epochs, ema, up_to)
+        return Averaging(epochs, ema, ema_half_life).of(self, up_to)
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -331,9 +341,12 @@ class RunWriter:
 
 
 def _label(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InputError(f"{what} is {value!r}, expected an integer; pass the number of the {what}")
-    return int(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{what} is {value!r}, expected an integer; pass the number of the {what}") from None
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

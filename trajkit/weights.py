@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .averages import Average
+from .averages import Average, Averaging
 from .decomposition import Decomposition
 from .errors import InputError
 from .run import PathLike, Run, open_run
@@ -24,18 +24,19 @@ def load_weights(
     *,
     average: str | Iterable[int] | None = None,
     ema: float | None = None,
+    ema_half_life: float | None = None,
 ) -> dict[str, Any]:
     """Name -> `torch.Tensor` of an epoch for `Module.load_state_dict`: as recorded, as modelled by a saved `fit`, or
     averaged up to it.
 
     epoch: by default the last one that is not marked as bad. average: ``"last:10"``, or the epochs, which weigh the
-    same. ema: the decay of an exponential moving average over all epochs up to `epoch`. See `Run.average`; buffers are
-    those recorded at the epoch.
+    same. ema, ema_half_life: the decay per recorded epoch, or the half-life in recorded epochs, of an exponential
+    moving average over all epochs up to `epoch`. See `Run.average`; buffers are those recorded at the epoch.
 
-    Raises `UnknownNameError` for an epoch or fit that does not exist, `InputError` for more than one of fit, average
-    and ema.
+    Raises `UnknownNameError` for an epoch or fit that does not exist, `InputError` for more than one of fit, average,
+    ema and ema_half_life.
     """
-    return source_of(run, epoch, fit, average, ema).state_dict()
+    return source_of(run, epoch, fit, Averaging(average, ema, ema_half_life)).state_dict()
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,14 @@ class Source:
         return np.asarray(self.by.modelled([self.epoch], start, stop)[0])
 
 
-def source_of(
-    run: Run | PathLike,
-    epoch: int | None,
-    fit: str | None,
-    average: str | Iterable[int] | None,
-    ema: float | None,
-) -> Source:
-    """What `load_weights` and `write_checkpoint` are asked for; they say how, and what is raised."""
-    given = [name for name, value in (("fit", fit), ("average", average), ("ema", ema)) if value is not None]
+def source_of(run: Run | PathLike, epoch: int | None, fit: str | None, averaging: Averaging) -> Source:
+    """Return what `load_weights` and `write_checkpoint` are asked for; they say how, and what is raised."""
+    given = [*([] if fit is None else ["fit"]), *averaging.given]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} exclude each other, expected one of them at most; give one")
     run = run if isinstance(run, Run) else open_run(run)
-    if average is not None or ema is not None:
-        averaged = run.average(average, ema, up_to=epoch)
+    if averaging.given:
+        averaged = averaging.of(run, epoch)
         return Source(run, averaged.epochs[-1], averaged)
     epoch = run.last_epoch if epoch is None else epoch
     run.row_of(epoch)

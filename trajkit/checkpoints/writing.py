@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..averages import Averaging
 from ..errors import InputError
 from ..run import PathLike, Run
 from ..store.place import is_url
@@ -35,6 +36,7 @@ def write_checkpoint(
     *,
     average: str | Iterable[int] | None = None,
     ema: float | None = None,
+    ema_half_life: float | None = None,
     format: Format | None = None,  # noqa: A002 (as the command line has it)
     max_shard_size: int | str | None = None,
 ) -> Path:
@@ -44,7 +46,7 @@ def write_checkpoint(
     Names, shapes and dtypes are the original ones; tied tensors stand under each of their names. A checkpoint appears
     whole or not at all, and an old one stays until the new one is whole.
 
-    epoch, average, ema: as for `load_weights`. format: by default what the name ends in.
+    epoch, average, ema, ema_half_life: as for `load_weights`. format: by default what the name ends in.
 
     - ``safetensors``: streamed. A name that ends in ``.safetensors`` is a file, any other one a folder as Hugging Face
       has it: one file, or several of at most `max_shard_size` (bytes, or a text such as ``"5GB"``, the default) and
@@ -62,7 +64,7 @@ def write_checkpoint(
     shard_bytes = None if max_shard_size is None else _bytes_of(max_shard_size)
     if shard_bytes is not None and chosen != "safetensors":
         raise InputError(f"a {chosen} checkpoint is not split, found max_shard_size; leave it out, or take safetensors")
-    source = source_of(run, epoch, fit, average, ema)
+    source = source_of(run, epoch, fit, Averaging(average, ema, ema_half_life))
     if chosen == "safetensors":
         write_safetensors(source, target, overwrite, shard_bytes)
     elif chosen == "pt":
