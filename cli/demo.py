@@ -47,10 +47,10 @@ def demo(keep: Path | None, quiet: bool, as_json: bool) -> None:
 
 def _echo(result: DemoResult) -> None:
     rows = [
-        [str(line.epoch), *map(number, (line.recorded_accuracy, line.cmd_accuracy, line.relative_error))]
+        [str(line.epoch), *map(number, (line.recorded_accuracy, line.cmd_accuracy, line.error_relative_to_motion))]
         for line in result.epochs
     ]
-    echo_table(["epoch", "recorded accuracy", "CMD accuracy", "relative error"], rows)
+    echo_table(["epoch", "recorded accuracy", "CMD accuracy", "error / motion"], rows)
     echo()
     rows = [
         ["modes", str(result.modes)],

@@ -26,6 +26,9 @@ from .output import echo, echo_json, echo_table, number, progress, talk
 if TYPE_CHECKING:
     from trajkit import Decomposition
 
+LAST_ERROR = "last-epoch error / motion"
+"""Name of `Quality.last_epoch_error`."""
+
 CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs", "references", "weighting", "members")
 
 
@@ -145,6 +148,11 @@ def _choices(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def counted_components(number: int | None) -> str:
+    """Return ``1 component`` or ``12 components``."""
+    return f"{number} component{'' if number == 1 else 's'}"
+
+
 def qualities(fitted: Decomposition) -> dict[str, Any]:
     """What is known of how good a fit is, as plain values."""
     pca = dict(zip(("of_equal_storage", "of_one_component_more"), fitted.pca, strict=False))
@@ -157,6 +165,8 @@ def qualities(fitted: Decomposition) -> dict[str, Any]:
         "last_epoch_error_by_tensor": {name: part.last_epoch_error for name, part in tensors.items()},
         "last_epoch_error_by_mode": [part.last_epoch_error for part in fitted.quality_by_mode],
         "variance_explained_by_pca": pca or None,
+        "pca_components": fitted.pca_components,
+        "pca_is_of_equal_storage": fitted.pca_is_of_equal_storage,
         "storage_ratio": fitted.storage_ratio,
         "size_bytes": fitted.size_bytes,
     }
@@ -200,22 +210,22 @@ def echo_fit(
         [str(mode), str(value), str(part.weights), number(part.variance_explained), number(part.last_epoch_error)]
         for mode, (value, part) in enumerate(zip(found, fitted.quality_by_mode, strict=True))
     ]
-    echo_table(["mode", what, "weights", "variance explained", "last-epoch error"], rows)
+    echo_table(["mode", what, "weights", "variance explained", LAST_ERROR], rows)
     asked = fitted.settings.get("modes")
     short = isinstance(asked, int) and fitted.n_modes < asked
     fewer = f" ({asked} asked for, the sample has no more clusters)" if short else ""
     echo()
-    echo(
-        f"fit '{fitted.name}': {fitted.n_modes} modes{fewer}, {len(fitted.epochs)} epochs,"
-        f" {number(quality.variance_explained)} of the variance explained, {elapsed_s:.2f} s"
-    )
+    share = quality.variance_explained
+    explained = "no weight moves" if share is None else f"{number(share)} of the variance explained"
+    epochs = f"{len(fitted.epochs)} epochs"
+    echo(f"fit '{fitted.name}': {fitted.n_modes} modes{fewer}, {epochs}, {explained}, {elapsed_s:.2f} s")
     if fitted.pca:
-        one, two = fitted.pca
-        echo(f"PCA of equal storage explains {number(one)}, with a component more {number(two)}")
-    echo(
-        f"relative error of the last epoch {number(quality.last_epoch_error)}; takes {number(fitted.storage_ratio)} of"
-        f" the storage of {len(fitted.epochs)} epochs"
-    )
+        by_pca, by_one_more = map(number, fitted.pca)
+        components = counted_components(fitted.pca_components)
+        which = f"equal storage ({components})" if fitted.pca_is_of_equal_storage else components
+        echo(f"PCA of {which} explains {by_pca}, with a component more {by_one_more}")
+    error, storage = number(quality.last_epoch_error), number(fitted.storage_ratio)
+    echo(f"{LAST_ERROR} {error}; takes {storage} of the storage of {epochs}")
     if fitted.curve:
         shown = [
             f"{tried}: {number(score)}{' (chosen)' if tried == fitted.n_modes else ''}"

@@ -9,9 +9,9 @@ import click
 
 import trajkit
 
-from .fit import qualities
+from .fit import LAST_ERROR, counted_components, qualities
 from .options import json_option, run_argument
-from .output import echo, echo_json, echo_table, number, size
+from .output import NOTHING, echo, echo_json, echo_table, number, size
 
 if TYPE_CHECKING:
     from trajkit import Run
@@ -98,19 +98,27 @@ def _echo(run: dict[str, Any]) -> None:
     if fits:
         of_all = {
             "variance explained, all weights": "variance_explained",
-            "relative error of the last epoch": "last_epoch_error",
+            LAST_ERROR: "last_epoch_error",
             "storage / that of its epochs": "storage_ratio",
         }
         for what, key in of_all.items():
             rows.append([what, "", "", "", *(number(fit[key]) for fit in fits.values())])
-        pca = [(fit["variance_explained_by_pca"] or {}).get("of_equal_storage") for fit in fits.values()]
-        rows.append(["explained by PCA of equal storage", "", "", "", *map(number, pca)])
+        rows.append(["explained by PCA of equal storage", "", "", "", *map(_explained_by_pca, fits.values())])
     echo_table(["tensor", "shape", "dtype", "kind", *(f"fit {name}" for name in fits)], rows)
     _echo_metrics(run["metrics"], steps)
     for evaluation in run["evaluations"]:
         fit = evaluation["fit"] or "recorded weights alone"
         echo()
         echo(f"evaluated {len(evaluation['epochs'])} epochs with {evaluation['function']}, fit: {fit}")
+
+
+def _explained_by_pca(fit: dict[str, Any]) -> str:
+    """Return the share, and the number of components, which takes less storage in fits of older versions."""
+    if fit["variance_explained_by_pca"] is None:
+        return NOTHING
+    other = "" if fit["pca_is_of_equal_storage"] else "PCA of "
+    share = number(fit["variance_explained_by_pca"]["of_equal_storage"])
+    return f"{share} ({other}{counted_components(fit['pca_components'])})"
 
 
 def _echo_metrics(metrics: dict[str, dict[str, float]], steps: list[int] | None, shown: int = 10) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from test_quality import rewritten
 from torch import nn
 from trajkit_cli.main import main
 from trajkit_cli.options import EpochRange
@@ -120,20 +121,21 @@ def test_modes_chosen_by_held_out_weights_are_shown_with_their_curve(digits_path
     assert f"fit 'principal-auto': {fitted.n_modes} modes, 40 epochs, " in summary
     assert f"{fitted.quality.variance_explained:.4g} of the variance explained" in summary
     one, two = fitted.pca
-    assert against == f"PCA of equal storage explains {one:.4g}, with a component more {two:.4g}"
-    assert f"relative error of the last epoch {fitted.quality.last_epoch_error:.4g}; takes" in last
+    assert against == f"PCA of equal storage (1 component) explains {one:.4g}, with a component more {two:.4g}"
+    assert f"last-epoch error / motion {fitted.quality.last_epoch_error:.4g}; takes" in last
     assert f"{fitted.n_modes}: {dict(fitted.curve)[fitted.n_modes]:.4g} (chosen)" in curve
     assert curve.removesuffix(" (chosen)").endswith(f"30: {fitted.curve[-1][1]:.4g}")
     named = invoke_json("fit", digits_path, "--modes", "90%", "-q")
     assert named["fit"] == "explained90"
     assert named["curve"][-1]["variance_explained"] >= 0.9
     assert named["variance_explained_by_pca"] == {"of_equal_storage": one, "of_one_component_more": two}
+    assert named["pca_components"] == 1
     assert len(named["last_epoch_error_by_mode"]) == named["modes"]
     described = invoke_json("info", digits_path)["fits"]["explained90"]
     for key in ("last_epoch_error", "last_epoch_error_by_tensor", "storage_ratio", "variance_explained_by_pca"):
         assert described[key] == named[key]
     table = invoke("info", digits_path).stdout
-    for words in ("relative error of the last epoch", "explained by PCA of equal storage"):
+    for words in ("last-epoch error / motion", "explained by PCA of equal storage", f"{one:.4g} (1 component)"):
         assert words in table
     assert "fit 'online-auto'" in invoke("online", digits_path, "--modes", "auto", "-q").stdout
 
@@ -149,6 +151,43 @@ def test_fewer_modes_than_asked_for_are_told(tmp_path: Path) -> None:
     for words in (("fit",), ("fit", "--follow"), ("online", "--warmup", 3)):
         by_default = invoke(words[0], tmp_path / "run", *words[1:]).stdout
         assert f"{modes} modes (10 asked for, the sample has no more clusters)" in by_default
+
+
+def test_what_does_not_move_has_no_share_in_tables_and_in_json(tmp_path: Path) -> None:
+    for epoch in range(4):
+        torch.save({"a": torch.arange(5.0) * epoch, "b": torch.ones(3)}, tmp_path / f"epoch{epoch}.pt")
+    invoke("record", tmp_path / "run", *sorted(tmp_path.glob("*.pt")))
+    invoke("fit", tmp_path / "run", "--name", "moving", "--modes", 1)
+    rows = {line.split()[0]: line.split()[-1] for line in invoke("info", tmp_path / "run").stdout.splitlines() if line}
+    assert (rows["a"], rows["b"]) == ("1", "–")
+    described = invoke_json("info", tmp_path / "run")["fits"]["moving"]
+    assert described["variance_explained_by_tensor"] == {"a": 1.0, "b": None}
+    assert described["last_epoch_error_by_tensor"]["b"] is None
+
+
+def test_a_run_that_does_not_move_is_told_so(tmp_path: Path) -> None:
+    for epoch in range(4):
+        torch.save({"a": torch.ones(5)}, tmp_path / f"epoch{epoch}.pt")
+    invoke("record", tmp_path / "run", *sorted(tmp_path.glob("*.pt")))
+    shown = invoke("fit", tmp_path / "run", "--modes", "auto", "-q").stdout
+    heading, mode, _, summary, last = shown.splitlines()
+    assert mode.split() == ["0", "0", "5", "–", "–"]
+    assert heading.split("  ")[-1] == "last-epoch error / motion"
+    assert "fit 'auto': 1 modes, 4 epochs, no weight moves, " in summary
+    assert last.startswith("last-epoch error / motion –; takes ")
+    fitted = invoke_json("fit", tmp_path / "run", "-q")
+    assert (fitted["variance_explained"], fitted["last_epoch_error"], fitted["variance_explained_by_pca"]) == (
+        None,
+    ) * 3
+    assert invoke("info", tmp_path / "run").stdout.count("–") == 8
+
+
+def test_a_fit_of_before_names_the_components_that_it_knows(digits_path: Path) -> None:
+    found = fit(digits_path, modes=300)
+    rewritten(found, pca_components=None)
+    assert f"{found.pca[0]:.4g} (PCA of 1 component)" in invoke("info", digits_path).stdout
+    shown = invoke("fit", digits_path, "--follow", "--name", found.name, "-q").stdout
+    assert f"\nPCA of 1 component explains {found.pca[0]:.4g}, with a component more " in shown
 
 
 @pytest.mark.parametrize(
@@ -284,7 +323,9 @@ def test_the_demo_runs_and_is_kept_on_request(tmp_path: Path) -> None:
     result = invoke_json("demo", "--keep", tmp_path / "kept")
     assert [line["epoch"] for line in result["epochs"]] == list(range(32, 40))
     assert all(line["recorded_accuracy"] > 0.9 and line["cmd_accuracy"] > 0.85 for line in result["epochs"])
-    assert all(0 < line["relative_error"] < 0.2 for line in result["epochs"])
+    kept = open_run(tmp_path / "kept/digits").fit("modes10")
+    assert all(0 < line["error_relative_to_motion"] < 1 for line in result["epochs"])
+    assert result["epochs"][-1]["error_relative_to_motion"] == pytest.approx(kept.quality.last_epoch_error, rel=1e-5)
     assert 0.8 < result["variance_explained"] < 1
     assert set(result["seconds"]) == {"train and record", "fit", "reconstruct", "evaluate"}
     assert open_run(tmp_path / "kept/digits").fits == ("modes10",)

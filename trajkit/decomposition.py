@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .errors import DamagedRunError, InputError
 from .kernels.affine import References
+from .kernels.components import components_of_equal_storage, storage_bytes
 from .kernels.functionals import Functional
 from .kernels.model import model
 from .store.fits import StoredFit
@@ -21,6 +22,13 @@ from .tensors import to_tensors
 if TYPE_CHECKING:
     from .kernels.curve import Curve
     from .run import Run
+
+
+def relative_to_motion(residual: float, motion: float) -> float | None:
+    """Return √(residual / motion) of Σ(w - modelled)² and Σ(w - mean)²; None where both are 0, ∞ where one is."""
+    if motion > 0:
+        return math.sqrt(residual / motion)
+    return None if residual == 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -38,23 +46,21 @@ class Quality:
     """Σ(w - modelled)² at the last epoch"""
 
     @property
-    def variance_explained(self) -> float:
-        """Share of the variation, in [0, 1]; 1 where nothing moves."""
-        return self.explained / self.variation if self.variation > 0 else 1.0
+    def variance_explained(self) -> float | None:
+        """Share of the variation, in [0, 1]; None where nothing moves, or there are no weights."""
+        return self.explained / self.variation if self.variation > 0 else None
 
     @property
     def last_epoch_error(self) -> float | None:
-        """‖w - modelled‖ / ‖w - mean‖ at the last epoch; 0 where the weights are at their means, and the model too.
+        """‖w - modelled‖ / ‖w - mean‖ at the last epoch: the error relative to the motion.
 
         Relative to how far the weights are from their means over the epochs, so that modelling each by its mean would
-        give 1. Relative to the weights themselves, most of which hardly move, it would be small for any model. None in
-        fits of older versions.
+        give 1. Relative to the weights themselves, most of which hardly move, it would be small for any model. None
+        where weights and model are at the means, and in fits of older versions.
         """
         if self.last_motion is None or self.last_residual is None:
             return None
-        if self.last_motion > 0:
-            return math.sqrt(self.last_residual / self.last_motion)
-        return 0.0 if self.last_residual == 0 else math.inf
+        return relative_to_motion(self.last_residual, self.last_motion)
 
 
 @dataclass(frozen=True)
@@ -171,28 +177,51 @@ class Decomposition:
     def pca(self) -> tuple[float, ...]:
         """Shares of the variance that principal component analysis explains over these epochs, by the run's probe.
 
-        By one component, which takes two numbers a weight with the mean, as a and b; and by two. Empty in fits of older
-        versions.
+        By `pca_components` of them, the most that take no more storage than the fit, and by one more. Empty where
+        nothing moves, and in fits of older versions.
         """
-        return tuple(self.stored.attributes.get("pca", ()))
+        return tuple(self.stored.attributes.get("pca", ())) if self.quality.variation > 0 else ()
+
+    @property
+    def pca_components(self) -> int | None:
+        """Number of components d that the first share of `pca` is of; None where that is empty.
+
+        The largest d with d·(N + E) + N numbers in float32 no more than `storage_bytes`, but 1 in fits of versions that
+        did not know this rule (`pca_is_of_equal_storage`).
+        """
+        components: int = self.stored.attributes.get("pca_components", 1)
+        return components if self.pca else None
+
+    @property
+    def pca_is_of_equal_storage(self) -> bool:
+        """Whether `pca_components` are as many as take the storage of the fit."""
+        return self.pca_components == components_of_equal_storage(*self._storage)
 
     @property
     def curve(self) -> Curve:
         """Numbers of modes that were tried, and the variance explained of held-out weights, by which M was chosen.
 
-        Empty where M was given.
+        Empty where M was given, and where none of these weights moves.
         """
         return tuple((n_modes, score) for n_modes, score in self.stored.attributes.get("curve", ()))
 
     @property
     def storage_ratio(self) -> float:
-        """Bytes of a and b in float32, modes in 2 bytes and the references' trajectories, over those of the weights at
-        all fitted epochs in float32.
+        """`storage_bytes` over the bytes of the weights at all fitted epochs in float32."""
+        return self.storage_bytes / (4 * len(self.epochs) * self.stored.shape.n_weights)
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of a and mean in float32, modes in 1 byte (2 with more than 256) and the references' trajectories.
 
         What the fit takes on the disk, correlations and means in float64 among it, is `size_bytes`.
         """
-        n, n_epochs = self.stored.shape.n_weights, len(self.epochs)
-        return (10 * n + 4 * n_epochs * self.n_modes) / (4 * n_epochs * n)
+        return storage_bytes(*self._storage)
+
+    @property
+    def _storage(self) -> tuple[int, int, int]:
+        """N, E, M."""
+        return self.stored.shape.n_weights, len(self.epochs), self.n_modes
 
     @property
     def size_bytes(self) -> int:

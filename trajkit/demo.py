@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from .checkpoints.writing import write_checkpoint
-from .decomposition import Decomposition
+from .decomposition import Decomposition, relative_to_motion
 from .pipeline import fit
 from .run import PathLike, Run, open_run
 from .training.evaluate import evaluate
@@ -29,12 +29,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DemoEpoch:
-    """One line of the demo's table; accuracies in [0, 1], `relative_error` is ‖modelled - recorded‖ / ‖recorded‖."""
+    """One line of the demo's table; accuracies in [0, 1], the error as in `Quality.last_epoch_error`."""
 
     epoch: int
     recorded_accuracy: float
     cmd_accuracy: float
-    relative_error: float
+    error_relative_to_motion: float | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DemoResult:
     path: Path
     modes: int
     epochs: tuple[DemoEpoch, ...]
-    variance_explained: float
+    variance_explained: float | None
     archive_bytes: int
     weights_bytes: int
     seconds: dict[str, float]
@@ -125,7 +125,7 @@ def run_demo(path: PathLike, epochs: int = 40, shown: int = 8, progress: Progres
             epoch=row.epoch,
             recorded_accuracy=row.recorded["test_accuracy"],
             cmd_accuracy=(row.modelled or {})["test_accuracy"],
-            relative_error=relative_error(run, decomposition, row.epoch),
+            error_relative_to_motion=error_relative_to_motion(decomposition, row.epoch),
         )
         for row in evaluation.epochs
     )
@@ -140,10 +140,13 @@ def run_demo(path: PathLike, epochs: int = 40, shown: int = 8, progress: Progres
     )
 
 
-def relative_error(run: Run, decomposition: Decomposition, epoch: int) -> float:
-    """‖modelled - recorded‖ / ‖recorded‖ over all weights at an epoch."""
+def error_relative_to_motion(decomposition: Decomposition, epoch: int) -> float | None:
+    """Return ‖recorded - modelled‖ / ‖recorded - mean‖ over all weights at an epoch, see `Quality.last_epoch_error`."""
+    run = decomposition.run
     recorded = run.weights[run.row_of(epoch)].astype(np.float64)
-    return float(np.linalg.norm(decomposition.modelled([epoch])[0] - recorded) / np.linalg.norm(recorded))
+    residual = recorded - decomposition.modelled([epoch], dtype=np.float64)[0]
+    motion = recorded - decomposition.mean
+    return relative_to_motion(float(residual @ residual), float(motion @ motion))
 
 
 def _train_one_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .lines import Candidates
+from .running import mode_dtype
 
-COMPONENTS = 2
 PIECE = 512
 """Weights at a time, that they stay in the cache."""
 
@@ -14,12 +16,38 @@ ENOUGH, MOST_PRODUCTS = 2048, 1 << 29
 """Weights, and products of two values: with more epochs than fit into these, every second weight or fewer do."""
 
 
-def variance_of_components(candidates: Candidates) -> tuple[float, ...]:
-    """Shares of the variance that the first, and the first two, principal components explain, in [0, 1].
+def storage_bytes(n_weights: int, n_epochs: int, n_modes: int) -> int:
+    """Return the bytes of a fit: scale and mean of each weight and M trajectories in float32, and modes.
 
-    Each weight, less its mean over the epochs, is modelled by the same one or two directions in time, with a number for
-    each; a candidate counts as often as it stands for a weight. With the mean that is two numbers a weight for one
-    component, as many as a and b. 1 where nothing moves.
+    A mode takes one byte, two with more than 256 of them.
+    """
+    return n_weights * (8 + np.dtype(mode_dtype(n_modes)).itemsize) + 4 * n_modes * n_epochs
+
+
+def components_of_equal_storage(n_weights: int, n_epochs: int, n_modes: int) -> int:
+    """Return d ≥ 1, the most principal components that take no more storage than a fit.
+
+    They take d numbers for each weight and each epoch, and the mean of each weight, in float32.
+    """
+    components = storage_bytes(n_weights, n_epochs, n_modes) - 4 * n_weights
+    return components // (4 * (n_weights + n_epochs))
+
+
+@dataclass(frozen=True)
+class ComponentShares:
+    """What principal component analysis explains of the variance, in [0, 1]."""
+
+    components: int
+    """d"""
+    explained: tuple[float, float]
+    """By d components, and by d + 1."""
+
+
+def variance_of_components(candidates: Candidates, components: int) -> ComponentShares | None:
+    """Return the shares of the variance that the first d, and d + 1, principal components explain.
+
+    Each weight, less its mean over the epochs, is modelled by the same directions in time, with a number for each; a
+    candidate counts as often as it stands for a weight. None where nothing moves.
     """
     trajectories, represents = candidates.trajectories, candidates.represents
     n_epochs, n = trajectories.shape
@@ -32,6 +60,9 @@ def variance_of_components(candidates: Candidates) -> tuple[float, ...]:
         moved -= moved.mean(axis=0)
         moved *= np.sqrt(represents[some])
         gram += moved @ moved.T
-    values = np.linalg.eigvalsh(gram)[::-1]
     total = float(np.trace(gram))
-    return tuple(min(float(values[:rank].sum()) / total, 1.0) if total > 0 else 1.0 for rank in (1, COMPONENTS))
+    if total == 0:
+        return None
+    reached = np.linalg.eigvalsh(gram)[::-1].cumsum() / total
+    shares = [1.0 if rank >= n_epochs else min(float(reached[rank - 1]), 1.0) for rank in (components, components + 1)]
+    return ComponentShares(components, (shares[0], shares[1]))

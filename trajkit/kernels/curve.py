@@ -106,10 +106,13 @@ class Trial:
         )
 
     def choose(self, cut: str) -> tuple[int, Curve]:
-        """M for ``"auto"``, or the smallest one that explains a share such as ``"95%"``; and all that were tried.
+        """Return M for ``"auto"``, or the smallest one that explains a share such as ``"95%"``, and the M tried.
 
-        Raises `InputError` where none of up to 300 explains the share.
+        Return 1 and an empty curve where no held-out weight moves. Raises `InputError` where none of up to 300 explains
+        the share.
         """
+        if not self.held_out.any():
+            return 1, ()
         if cut == "auto":
             curve = tuple(self._scores(STEPS))
             return max(curve, key=lambda point: point[1] - COST * point[0])[0], curve
@@ -135,7 +138,7 @@ class Trial:
             if lines.shape[1] > above:
                 above = lines.shape[1]
                 explained = np.square(self.held_out @ lines).max(axis=1).sum()
-                yield above, min(float(explained / total), 1.0) if total > 0 else 1.0
+                yield above, min(float(explained / total), 1.0)
 
     def _lines(self, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
         """(E, M) directions of the references that begin with single weights of the sample."""

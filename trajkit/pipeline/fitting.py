@@ -229,11 +229,15 @@ def save(
         "epochs": run.epochs[fitted.rows].tolist(),
         "layout": run.layout.digest,
         **_quality(run, summaries, functional.n_modes),
-        "pca": list(fitted.chosen.pca),
+        **_pca(fitted.chosen),
         **({"curve": [list(point) for point in fitted.chosen.curve]} if fitted.chosen.curve else {}),
     }
     stored = {key: item for summary in summaries for key, item in summary.stored.items()}
     writer.commit(stored, task.references.trajectories, functional, fitted.sample_index, attributes)
+
+
+def _pca(chosen: Chosen) -> dict[str, Any]:
+    return {} if chosen.pca is None else {"pca": list(chosen.pca.explained), "pca_components": chosen.pca.components}
 
 
 def _quality(run: Run, summaries: Sequence[BlockSummary], n_modes: int) -> dict[str, Any]:

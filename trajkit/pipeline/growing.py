@@ -9,19 +9,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from ..decomposition import Decomposition
 from ..errors import DamagedRunError, InputError, RunNotFoundError
 from ..kernels.affine import References
 from ..kernels.clustering import checked_cut, setting_of
-from ..kernels.components import variance_of_components
 from ..replay import OnlineDecomposition
 from ..run import PathLike, Run, open_run
 from ..store.fits import FitWriter
 from ..store.writer import is_being_written
 from .fitting import PROBE_BYTES, Fitted, Progress, Resources, fit, save
-from .sampling import Chosen, candidates_of, require_finite
+from .sampling import Chosen, candidates_of, pca_of, require_finite
 from .scheduling import Scheduler, bytes_of, scheduler_of
 from .tasks import BlockTask, ExtendBlock, FitBlock
 
@@ -87,8 +85,7 @@ def update(
         resources = Resources(chosen, bytes_of(memory), "cpu")
         n_read, buffers = (further.size, EXTENDING_BUFFERS) if before.updatable else (rows.size, 1)
         plan = resources.plan(run, shape, n_read, buffers, PROBE_BYTES * run.probe_index.size * rows.size)
-        with threadpool_limits(1, user_api="blas"):
-            pca = variance_of_components(candidates_of(run, rows))
+        pca = pca_of(run, candidates_of(run, rows), functional.n_modes)
         with FitWriter(run.archive.objects, name, shape, previous.stored) as writer:
             task: BlockTask
             if before.updatable:

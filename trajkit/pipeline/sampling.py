@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from ..errors import InputError, placed
 from ..kernels.choosing import choose_functional
 from ..kernels.clustering import Cut
-from ..kernels.components import variance_of_components
+from ..kernels.components import ComponentShares, components_of_equal_storage, variance_of_components
 from ..kernels.curve import Curve, Sample
 from ..kernels.functionals import Functional
 from ..kernels.lines import Candidates, ReferenceChoice
@@ -96,8 +96,8 @@ class Chosen:
     """(E, M)"""
     curve: Curve = ()
     """Where M was chosen by it."""
-    pca: tuple[float, ...] = ()
-    """What principal components explain of the variance over the same epochs, see `variance_of_components`."""
+    pca: ComponentShares | None = None
+    """What principal components that take as much storage explain over the same epochs; None where nothing moves."""
 
 
 def choose(
@@ -112,8 +112,7 @@ def choose(
     candidates, bounds = candidates_of(run, rows), run.layout.weight_bounds
     with placed(str(run.path)):
         functional, curve = choose_functional(sampled, candidates, bounds, cut, references)
-    with threadpool_limits(1, user_api="blas"):
-        pca = variance_of_components(candidates)
+    pca = pca_of(run, candidates, functional.n_modes)
     if references.kind == "weight":
         found = sampled.trajectories[:, np.searchsorted(sample, functional.index)]
         return Chosen(functional, found, curve, pca)
@@ -122,6 +121,13 @@ def choose(
     inside = np.array_equal(probe[places], functional.index)
     members = candidates.trajectories[:, places] if inside else run.columns(functional.index, rows)
     return Chosen(functional, functional.values(members), curve, pca)
+
+
+def pca_of(run: Run, candidates: Candidates, n_modes: int) -> ComponentShares | None:
+    """Return what PCA of the storage of M modes explains over the epochs of the probe's weights."""
+    components = components_of_equal_storage(run.layout.n_weights, len(candidates.trajectories), n_modes)
+    with threadpool_limits(1, user_api="blas"):
+        return variance_of_components(candidates, components)
 
 
 def candidates_of(run: Run, rows: NDArray[np.int64]) -> Candidates:

@@ -5,8 +5,8 @@ first, and every update writes the next. ``mode/objects.json`` there holds lengt
 arrays. The ``zarr.json`` of ``fits/<name>`` is written last and makes the fit, or its new version, exist; its attribute
 ``trajkit_fit`` is ``{"fit": {…}, "blake3": hash of it}`` and holds the version, the settings, the epochs, the layout's
 hash, the hash of ``objects.json``, and the quality of the fit: five numbers for each mode and each tensor (three in
-older fits), see `trajkit.decomposition.Quality`; ``pca``, what one principal component and two explain; and, where the
-number of modes was chosen by it, ``curve``.
+older fits), see `trajkit.decomposition.Quality`; where a weight moves, ``pca``, what ``pca_components`` principal
+components (1 where it is missing) and one more explain; and, where the number of modes was chosen by it, ``curve``.
 """
 
 from __future__ import annotations
@@ -370,6 +370,8 @@ def _require_values(attributes: Mapping[str, Any]) -> None:
         raise ValueError("a quality has a number below 0")
     if "pca" in attributes and len(_numbers(attributes["pca"], "'pca'")) != 2:
         raise ValueError("'pca' is not two numbers")
+    if require_kind(attributes.get("pca_components", 1), int, "'pca_components'") < 1:
+        raise ValueError("'pca_components' is below 1")
     curve = require_kind(attributes.get("curve", []), list, "'curve'")
     if len(curve) > MOST_TRIED or any(len(_numbers(point, "a point of the curve")) != 2 for point in curve):
         raise ValueError(f"'curve' is not up to {MOST_TRIED} pairs")
