@@ -111,6 +111,8 @@ def export(
         chosen = {"epoch": epoch, "fit": fit_name, "ema": averaged.decay if averaged else None, **epochs}
         if ema_half_life is not None:
             chosen["ema_half_life"] = ema_half_life
+        if fit_name is not None:
+            chosen["fit_covers_epoch"] = opened.fit(fit_name).covers(epoch)
         echo_json({"run": str(run), **chosen, "output": str(written), "bytes": n_bytes})
     else:
         source = "recorded" if fit_name is None else f"modelled by '{fit_name}'"

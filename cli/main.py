@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from trajkit.errors import TrajkitError
+from trajkit.errors import TrajkitError, torch_needed
 
 from .check import check
 from .demo import demo
@@ -48,7 +48,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with speaking(), _printable_errors():
             try:
-                return super().invoke(ctx)
+                with torch_needed("this command"):
+                    return super().invoke(ctx)
             except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
                 raise  # who reads has seen enough of a broken pipe; click ends quietly
             except (TrajkitError, OSError) as error:

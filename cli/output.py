@@ -20,7 +20,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trajkit.errors import TrajkitWarning
+from trajkit.advice import TrajkitWarning
 from trajkit.sizes import size as size
 
 Report = Callable[[int, int], None]

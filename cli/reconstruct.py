@@ -28,10 +28,12 @@ def reconstruct(run: str | Path, fit_name: str | None, epoch: int, output: Path,
     Example:
       trajkit reconstruct data/digits --fit modes10 --epoch 39 -o cmd.safetensors
     """
-    written = trajkit.write_checkpoint(run, epoch, output, fit=fit_name, overwrite=force)
+    opened = trajkit.open_run(run)
+    written = trajkit.write_checkpoint(opened, epoch, output, fit=fit_name, overwrite=force)
     n_bytes = written.stat().st_size
     if as_json:
-        echo_json({"run": str(run), "fit": fit_name, "epoch": epoch, "file": str(written), "bytes": n_bytes})
+        covers = {} if fit_name is None else {"fit_covers_epoch": opened.fit(fit_name).covers(epoch)}
+        echo_json({"run": str(run), "fit": fit_name, "epoch": epoch, **covers, "file": str(written), "bytes": n_bytes})
     else:
         source = "recorded" if fit_name is None else f"modelled by '{fit_name}'"
         echo(f"{written}: epoch {epoch} {source}, {size(n_bytes)}")

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trajkit import Recorder, load_weights, open_run, repair, tensors, write_checkpoint
-from trajkit.errors import InputError, TrajkitWarning
+from trajkit.advice import TrajkitWarning
+from trajkit.errors import InputError
 from trajkit.kernels.averaging import BLOCK, rounded_to_odd
 
 # Averages of few epochs hold much of the first one, and a warning says so.
-of_few_epochs = pytest.mark.filterwarnings("ignore::trajkit.errors.TrajkitWarning")
+of_few_epochs = pytest.mark.filterwarnings("ignore::trajkit.advice.TrajkitWarning")
 
 
 def oracle(matrix: NDArray[np.float32], ema: float | None) -> NDArray[np.float64]:

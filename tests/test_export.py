@@ -36,7 +36,7 @@ State = dict[str, Tensor]
 N_EPOCHS = 6
 
 # Averages of few epochs hold much of the first one, and a warning says so.
-of_few_epochs = pytest.mark.filterwarnings("ignore::trajkit.errors.TrajkitWarning")
+of_few_epochs = pytest.mark.filterwarnings("ignore::trajkit.advice.TrajkitWarning")
 
 
 class Half(Awkward):

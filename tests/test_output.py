@@ -19,7 +19,8 @@ from trajkit_cli.main import main
 from trajkit_cli.output import echo, echo_table, printable
 
 from trajkit import ParameterLayout, Run, RunWriter, open_run
-from trajkit.errors import DamagedRunError, TrajkitWarning, warn
+from trajkit.advice import TrajkitWarning, warn
+from trajkit.errors import DamagedRunError
 from trajkit.layout import TensorEntry
 
 EVIL = "\x1b]0;owned\x07\x7f\x1b[2J\nlayer\u202e\x9b31m\u2066\r"

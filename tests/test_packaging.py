@@ -37,9 +37,9 @@ def test_the_public_face() -> None:
         "verify",
         "write_checkpoint",
     ]
-    for name in (*trajkit.__all__, "DistanceCut"):
+    for name in (*trajkit.__all__, "DistanceCut", "TrajkitWarning"):
         assert getattr(trajkit, name).__doc__
-        assert name in dir(trajkit) or name == "DistanceCut"
+        assert name in dir(trajkit) or name in ("DistanceCut", "TrajkitWarning")
     with pytest.raises(AttributeError, match="module 'trajkit' has no attribute 'nonsense'"):
         _ = trajkit.nonsense  # type: ignore[attr-defined]
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .errors import torch_needed
+
 if TYPE_CHECKING:
     from .checkpoints.importing import import_checkpoints
     from .checkpoints.writing import write_checkpoint
@@ -41,6 +43,7 @@ _HOMES = {
     "Run": "run",
     "RunWriter": "run",
     "TrajkitError": "errors",
+    "TrajkitWarning": "advice",  # found, as a filter of warnings needs it, and not listed either
     "check": "health",
     "evaluate": "training.evaluate",
     "fit": "pipeline",
@@ -81,7 +84,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'trajkit' has no attribute '{name}'")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    with torch_needed(f"trajkit.{name}"):
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
 

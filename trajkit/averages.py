@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError, warn
+from .advice import warn
+from .errors import InputError
 from .kernels.averaging import averaged, equal_steps, exponential_steps
 from .store.format import WEIGHTS
 from .tensors import TensorValues

@@ -232,6 +232,10 @@ class Decomposition:
     def _references(self) -> References:
         return References(self.reference)
 
+    def covers(self, epoch: int) -> bool:
+        """Return whether the fit was made for an epoch; at others only the references say where the weights are."""
+        return bool(np.isin(epoch, self.epochs))
+
     def reference_at(self, epochs: Iterable[int]) -> NDArray[np.float32]:
         """(k, M) reference values at any recorded epochs, also those that were not fitted."""
         return self.reference_rows(np.array([self.run.row_of(epoch) for epoch in epochs], dtype=np.int64))

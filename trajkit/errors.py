@@ -5,8 +5,6 @@ A message says where, what was expected, what was found and the cure, in one lin
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -59,16 +57,27 @@ class ClusterError(TrajkitError, RuntimeError):
     """The workers of a cluster could not be reached, or died at the work."""
 
 
-class TrajkitWarning(UserWarning):
-    """Something was done as asked, and the result is likely not what was meant."""
+class MissingDependencyError(TrajkitError, ImportError):
+    """A package that the work needs is not installed."""
 
 
-def warn(message: str) -> None:
-    """Give a `TrajkitWarning` at the line outside of trajkit that made the call."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith("trajkit."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, TrajkitWarning, stacklevel=level)
+@contextmanager
+def torch_needed(what: str) -> Iterator[None]:
+    """Raise `MissingDependencyError` where what is done inside cannot import PyTorch."""
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error, TrajkitError) or "torch" not in (error.name or str(error)):
+            raise
+        raise MissingDependencyError(
+            f"{what} needs PyTorch, which cannot be imported ({error}); install the build that suits the machine:"
+            " pip install torch"
+        ) from error
+
+
+def named_type(value: object) -> str:
+    """Return how an error names what was given instead of something else: ``None``, or by its type."""
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 @contextmanager

@@ -39,6 +39,10 @@ class OnlineDecomposition(Decomposition):
     reads all those between the warm-up and it; `one_by_one` reads each epoch once.
     """
 
+    def covers(self, epoch: int) -> bool:  # noqa: ARG002
+        """Return True: the weights at an epoch after the warm-up are modelled by all epochs up to it."""
+        return True
+
     def modelled(
         self, epochs: Iterable[int], start: int = 0, stop: int | None = None, dtype: DTypeLike = np.float32
     ) -> NDArray[Any]:

@@ -44,6 +44,11 @@ def open_run(path: PathLike) -> Run:
     return Run(Archive.open(path))
 
 
+def as_run(run: Run | PathLike) -> Run:
+    """Return a run as it is, and the one at a path or URL opened."""
+    return run if isinstance(run, Run) else open_run(run)
+
+
 @dataclass(frozen=True)
 class Run:
     """The recorded trajectory of one training: E epochs of N weights, and the buffers beside them."""
@@ -204,7 +209,7 @@ class Run:
         up_to: by default the last epoch.
 
         Raises `InputError` for more epochs than there are, or for none; `UnknownNameError` for one that is not
-        recorded. Gives a `trajkit.errors.TrajkitWarning` for an EMA that holds more than 5 % of its first epoch.
+        recorded. Gives a `trajkit.TrajkitWarning` for an EMA that holds more than 5 % of its first epoch.
         """
         return Averaging(epochs, ema, ema_half_life).of(self, up_to)
 
@@ -325,13 +330,13 @@ class RunWriter:
 
     def require_next(self, epoch: int) -> int:
         """`epoch` as an integer, if it can be recorded next; raises `InputError`."""
-        label = _label(epoch, "epoch")
+        label = _new_label(epoch, "epoch", self.path)
         self._writer.require_next(label)
         return label
 
     def require_step(self, epoch: int, step: int | None) -> int | None:
         """`step` as an integer, if it can be that of the next `epoch`; raises `InputError`."""
-        step = None if step is None else _label(step, "step")
+        step = None if step is None else _new_label(step, "step", self.path)
         self._writer.require_step(epoch, step)
         return step
 
@@ -347,6 +352,14 @@ def _label(value: Any, what: str) -> int:
         return operator.index(value)
     except TypeError:
         raise InputError(f"{what} is {value!r}, expected an integer; pass the number of the {what}") from None
+
+
+def _new_label(value: Any, what: str, path: PathLike) -> int:
+    """Return the label of what is to be recorded; older runs may hold labels below 0."""
+    label = _label(value, what)
+    if -(2**63) <= label < 0:
+        raise InputError(f"{path}: {what} is {label}, expected 0 or more; count from 0, the weights before training")
+    return label
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import torch_needed
 from .kernels.averaging import rounded_to_odd
 from .layout import ParameterLayout, TensorEntry
 
@@ -22,8 +23,7 @@ def to_tensors(layout: ParameterLayout, arrays: Mapping[str, NDArray[Any]]) -> d
 
     Aliases of a tied tensor are the same object. Tensors are their own: writing to one changes no other.
     """
-    import torch
-
+    torch = _torch()
     tensors: dict[str, Any] = {}
     for entry in layout.tensors:
         tensor = torch.tensor(arrays[entry.name], dtype=getattr(torch, entry.dtype))
@@ -33,11 +33,17 @@ def to_tensors(layout: ParameterLayout, arrays: Mapping[str, NDArray[Any]]) -> d
 
 def in_original_dtype(values: NDArray[Any], dtype: str) -> Any:
     """A `torch.Tensor` of the values in a layout's dtype, rounded once; it may share their memory."""
-    import torch
-
+    torch = _torch()
     if values.dtype == np.float64 and dtype in ("float16", "bfloat16"):  # torch goes there by way of float32
         values = rounded_to_odd(values)
     return torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
+
+
+def _torch() -> Any:
+    """Return the module; raise `MissingDependencyError` where it is not installed."""
+    with torch_needed("a state dict"):
+        import torch
+    return torch
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,7 @@ class TensorValues:
 
     def to_tensors(self) -> dict[str, Any]:
         """Name -> `torch.Tensor`, as the function `to_tensors` gives them, with no second copy of the model."""
-        import torch
-
+        torch = _torch()
         tensors: dict[str, Any] = {}
         for entry in self.layout.tensors:
             tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
 from ..averages import Averaging
-from ..errors import InputError
+from ..decomposition import Decomposition
+from ..errors import InputError, named_type
 from ..run import PathLike, Run
 from ..store.place import is_url
 from ..weights import source_of
@@ -31,7 +33,7 @@ def write_checkpoint(
     run: Run | PathLike,
     epoch: int | None,
     path: PathLike,
-    fit: str | None = None,
+    fit: str | Decomposition | None = None,
     overwrite: bool = False,
     *,
     average: str | Iterable[int] | None = None,
@@ -46,7 +48,7 @@ def write_checkpoint(
     Names, shapes and dtypes are the original ones; tied tensors stand under each of their names. A checkpoint appears
     whole or not at all, and an old one stays until the new one is whole.
 
-    epoch, average, ema, ema_half_life: as for `load_weights`. format: by default what the name ends in.
+    epoch, fit, average, ema, ema_half_life: as for `load_weights`. format: by default what the name ends in.
 
     - ``safetensors``: streamed. A name that ends in ``.safetensors`` is a file, any other one a folder as Hugging Face
       has it: one file, or several of at most `max_shard_size` (bytes, or a text such as ``"5GB"``, the default) and
@@ -55,8 +57,10 @@ def write_checkpoint(
     - ``dcp``: a folder of `torch.distributed.checkpoint`; the model is held in memory once.
 
     Raises `InputError` for a place or a choice that cannot be, `PathExistsError` where there is a checkpoint and
-    `overwrite` is False, `UnknownNameError` for an epoch or fit that does not exist.
+    `overwrite` is False, `UnknownNameError` for an epoch or fit that does not exist. Warns as `load_weights` does.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path is {named_type(path)}, expected a file or folder to write; pass its path")
     if is_url(path):
         raise InputError(f"{path}: a URL, checkpoints are written to a disk; name a path here and copy it there")
     target = Path(path)

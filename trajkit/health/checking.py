@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DamagedRunError, InputError
-from ..run import PathLike, Run, open_run
+from ..run import PathLike, Run, as_run
 from ..store.format import PROBE, WEIGHTS, buffer_path
 from .labels import missing_labels
 from .order import home_of, outliers, swaps
@@ -40,7 +40,7 @@ def check(
     """
     path = run.path if isinstance(run, Run) else run
     with _pointing_to_verify(path):
-        run = run if isinstance(run, Run) else open_run(run)
+        run = as_run(run)
         rows = run.rows_of(epochs)
         if rows.size == 0:
             raise InputError(f"{run.path}: no epoch to check, expected at least one that is not bad; name some")

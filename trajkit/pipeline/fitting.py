@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..blocks import BlockPlan, BlockWork, plan_blocks
 from ..decomposition import Decomposition
 from ..device import open_device
-from ..errors import InputError, PathExistsError, RunLockedError
+from ..errors import InputError, PathExistsError, RunLockedError, named_type
 from ..kernels.affine import References
 from ..kernels.clustering import Cut, DistanceCut, checked_cut, clustering_bytes, setting_of
 from ..kernels.curve import MOST_HELD_OUT, MOST_MEMBERS
@@ -26,7 +27,7 @@ from ..kernels.fused import N_TOTALS
 from ..kernels.lines import Kind, ReferenceChoice, Weighting
 from ..kernels.running import checked_candidates, checked_decay
 from ..kernels.sampling import Sampling
-from ..run import PathLike, Run, open_run
+from ..run import PathLike, Run, as_run
 from ..store.fit_shape import FitShape
 from ..store.fits import FitWriter
 from ..store.format import WEIGHTS, result_rule
@@ -118,7 +119,12 @@ def fit(
     that name exists, `DamagedRunError` where the archive is damaged, `MemoryBudgetError` where the budget does not do,
     `ClusterError` for a cluster that cannot be reached. A fit that is interrupted leaves nothing behind.
     """
-    run = run if isinstance(run, Run) else open_run(run)
+    if not isinstance(run, Run | str | os.PathLike):
+        raise InputError(
+            f"run is {named_type(run)}, expected a Run or its path; a matrix of trajectories in memory,"
+            " (weights, epochs), is fitted by trajkit.CMD().fit(X)"
+        )
+    run = as_run(run)
     modes = checked_cut(modes, "modes")
     rows = run.rows_of(epochs)
     if rows.size < 2:

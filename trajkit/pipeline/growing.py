@@ -15,7 +15,7 @@ from ..errors import DamagedRunError, InputError, RunNotFoundError
 from ..kernels.affine import References
 from ..kernels.clustering import checked_cut, setting_of
 from ..replay import OnlineDecomposition
-from ..run import PathLike, Run, open_run
+from ..run import PathLike, Run, as_run, open_run
 from ..store.fits import FitWriter
 from ..store.writer import is_being_written
 from .fitting import PROBE_BYTES, Fitted, Progress, Resources, fit, save
@@ -51,7 +51,7 @@ def update(
 
     The fit is replaced as a whole. Raises as `fit` does, and `UnknownNameError` where the run has no such fit.
     """
-    run = run if isinstance(run, Run) else open_run(run)
+    run = as_run(run)
     previous = run.fit(name)
     if isinstance(previous, OnlineDecomposition):
         raise InputError(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import InputError
+from ..errors import InputError, named_type
 from .objects import Bytes, LocalObjects
 from .remote import SCHEMES, RemoteObjects
 
@@ -123,11 +123,20 @@ def is_url(place: PathLike) -> bool:
     return isinstance(place, str) and "://" in place
 
 
+def require_place(place: object) -> None:
+    """Raise `InputError` for what is no path and no URL."""
+    if not isinstance(place, str | os.PathLike) or isinstance(os.fspath(place), bytes):
+        raise InputError(
+            f"the place of a run is {named_type(place)}, expected a path or a URL; pass the path of the run"
+        )
+
+
 def objects_at(place: PathLike, fsync: bool = True, owner: str | None = None) -> Objects:
-    """The objects of the run at a path or URL; raises `InputError` for a URL of another kind.
+    """Return the objects of the run at a path or URL; raise `InputError` for a URL of another kind, and for no place.
 
     fsync: bring every write to the disk; an object store does so always.
     """
+    require_place(place)
     if is_url(place):
         return RemoteObjects(str(place))
     scheme, found, rest = os.fspath(place).partition(":/")

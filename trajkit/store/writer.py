@@ -41,7 +41,7 @@ from .format import (
     saves_enough,
 )
 from .pieces import PassingWeights, WeightSource
-from .place import Objects, PathLike, is_url, objects_at
+from .place import Objects, PathLike, is_url, objects_at, require_place
 from .root import (
     layout_of_root,
     read_document,
@@ -382,6 +382,7 @@ def is_being_written(place: PathLike) -> bool:
 
 def open_writer(place: PathLike, fsync: bool = True) -> ArchiveWriter:
     """The writer of the archive at a path or URL; it is made if it does not exist."""
+    require_place(place)
     if not is_url(place) and os.path.exists(place) and not os.path.isdir(place):
         raise PathExistsError(f"{place}: expected a folder, found a file; choose another path for the run")
     return ArchiveWriter(objects_at(place, fsync, owner=WRITER))

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from ..decomposition import Decomposition
 from ..errors import InputError
-from ..run import PathLike, Run, open_run
+from ..run import PathLike, Run, as_run
 from ..store.evaluations import EvaluatedEpoch, Evaluation, save_evaluation
+from ..weights import fit_of, warn_of_uncovered
 
 StateDict = dict[str, Any]
 Score = float | Mapping[str, float]
@@ -18,26 +20,31 @@ Score = float | Mapping[str, float]
 def evaluate(
     run: Run | PathLike,
     function: Callable[[StateDict], Score],
-    fit: str | None = None,
+    fit: str | Decomposition | None = None,
     epochs: Iterable[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Call `function` with the recorded state dict of each epoch, and with the one modelled by `fit`; keep the table.
 
     function: state dict -> a number, shown as ``score``, or name -> number.
-    fit: name of a saved fit; without, only the recorded weights are evaluated.
+    fit: a saved fit, or its name; without, only the recorded weights are evaluated.
     epochs: labels, all recorded ones by default.
     progress: called with the number of calls done and to do.
 
     The evaluation is saved in the run, beside earlier ones; where that cannot be written, a warning says so.
     Raises `UnknownNameError` for an epoch or fit that does not exist, `InputError` where the function returns
-    something else; what the function raises passes through.
+    something else, or the fit is of another run; what the function raises passes through. Gives a
+    `trajkit.TrajkitWarning` for epochs that the fit was not made for.
     """
-    run = run if isinstance(run, Run) else open_run(run)
-    decomposition = None if fit is None else run.fit(fit)
+    if not callable(function):
+        raise InputError(f"function is {function!r:.80}, expected one that takes a state dict; pass a function")
+    run = as_run(run)
+    decomposition = None if fit is None else fit_of(run, fit)
     labels = run.epochs[run.rows_of(epochs)].tolist()
     if not labels:
         raise InputError(f"{run.path}: no epochs to evaluate, expected at least one; name some")
+    if decomposition is not None:
+        warn_of_uncovered(decomposition, labels)
     total = len(labels) * (1 if decomposition is None else 2)
     table: list[EvaluatedEpoch] = []
     done = 0
@@ -61,7 +68,7 @@ def evaluate(
         table.append(EvaluatedEpoch(epoch, recorded, modelled))
     evaluation = Evaluation(
         function=f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', repr(function))}",
-        fit=fit,
+        fit=None if decomposition is None else decomposition.name,
         evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"),
         epochs=tuple(table),
     )
