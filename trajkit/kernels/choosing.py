@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
+from ..blas import one_blas_thread
 from .clustering import Cut
 from .curve import Curve, Sample, Trial
 from .functionals import Functional
@@ -25,7 +25,7 @@ def choose_functional(
     """
     if sample.index.size > SMALL_SAMPLE:
         _ = sample.tree  # which is kept
-    with threadpool_limits(1, user_api="blas"):
+    with one_blas_thread():
         curve: Curve = ()
         if isinstance(cut, str):
             cut, curve = Trial.of(sample, candidates, bounds, choice).choose(cut)

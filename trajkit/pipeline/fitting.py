@@ -112,7 +112,7 @@ def fit(
         what is free by default. On a cluster, of each worker process; half of its limit by default.
     scheduler: ``"threads"`` (as many as cores, or dask's setting ``num_workers``), ``"synchronous"`` (a single one),
         the address of a Dask cluster, or a `distributed.Client`; by default the client that is active, threads without
-        one. All give the same bits.
+        one, and within a task of a Dask worker that task's thread. All give the same bits.
     device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, which agrees with ``"cpu"`` to rounding in float64.
 
     Raises `InputError` for settings that cannot be met or weights that are not finite, `PathExistsError` where a fit of

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from threadpoolctl import threadpool_limits
 
+from ..blas import one_blas_thread
 from ..errors import InputError, placed
 from ..kernels.choosing import choose_functional
 from ..kernels.clustering import Cut
@@ -126,7 +126,7 @@ def choose(
 def pca_of(run: Run, candidates: Candidates, n_modes: int) -> ComponentShares | None:
     """Return what PCA of the storage of M modes explains over the epochs of the probe's weights."""
     components = components_of_equal_storage(run.layout.n_weights, len(candidates.trajectories), n_modes)
-    with threadpool_limits(1, user_api="blas"):
+    with one_blas_thread():
         return variance_of_components(candidates, components)
 
 

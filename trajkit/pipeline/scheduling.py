@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import re
@@ -11,19 +12,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dask import config as dask_config
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
-from threadpoolctl import threadpool_limits
 
+from ..blas import one_blas_thread
 from ..errors import ClusterError, InputError
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Worker
 
     Choice = Client | str | None
 
@@ -66,17 +67,23 @@ class Scheduler(Protocol):
 def scheduler_of(choice: Choice | Scheduler) -> Iterator[Scheduler]:
     """The scheduler that a user means by ``threads``, ``synchronous`` (a single one), an address or a client; or it.
 
-    None is the client that is active in this process, and threads where there is none. Raises `InputError` for
-    something else and `ClusterError` where there is no cluster at the address, or it has no workers.
+    None is, in a task of a Dask worker, that task's own thread; else the client that is active in this process, and
+    threads where there is none. Raises `InputError` for something else and for a client in its own event loop, which
+    nobody could wait for there, and `ClusterError` where there is no cluster at the address, or it has no workers.
     """
     if choice is None:
-        choice = _active_client() or "threads"
+        choice = _own_thread() or _active_client() or "threads"
     if isinstance(choice, ThreadScheduler | ClusterScheduler):
         yield choice
     elif not isinstance(choice, str):
         client: Any = choice
         if not hasattr(client, "get_executor"):
             raise InputError(f"scheduler is {choice!r}, expected {_EXPECTED}; pass one of these")
+        if client.asynchronous:
+            raise InputError(
+                "scheduler: the client is asynchronous and here is its event loop, expected a place that may wait for"
+                " the cluster; call it by asyncio.to_thread, or pass scheduler='threads'"
+            )
         yield _cluster(client)
     elif choice in LOCAL:
         yield ThreadScheduler(1 if choice == "synchronous" else _num_workers())
@@ -119,18 +126,18 @@ class ThreadScheduler:
     """Threads of this process."""
 
     workers: int
-    memory_bytes = None
+    memory_bytes: int | None = None
     shares_memory = True
 
     def limited_to(self, workers: int) -> ThreadScheduler:
         """See `Scheduler`."""
-        return ThreadScheduler(workers)
+        return replace(self, workers=workers)
 
     def map(
         self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]
     ) -> list[Result]:
         """See `Scheduler`. Leaving it, on Ctrl-C too, waits for the tasks under way: they would write on otherwise."""
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self.workers) as pool:
+        with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(function, item) for item in items]
             try:
                 for future in as_completed(futures):
@@ -160,6 +167,12 @@ class ClusterScheduler:
         self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]
     ) -> list[Result]:
         """See `Scheduler`; a task whose worker dies is given to another one."""
+        with _thread_left_to_others():
+            return self._map(function, items, done)
+
+    def _map(
+        self, function: Function[Item, Result], items: Sequence[Item], done: Callable[[Result], None]
+    ) -> list[Result]:
         import distributed
 
         size = max(1, len(items) // (GROUPS_PER_THREAD * self.threads))
@@ -228,6 +241,47 @@ def _active_client() -> Client | None:
         return distributed.default_client()  # type: ignore[no-any-return]
     except ValueError:
         return None
+
+
+def _current_worker() -> Worker | None:
+    """Return the Dask worker that has called this as a task of its, None elsewhere."""
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return None
+    try:
+        return distributed.get_worker()  # type: ignore[no-any-return]
+    except ValueError:
+        return None
+
+
+def _own_thread() -> ThreadScheduler | None:
+    """Return the thread of the task that this is, with its share of the worker's memory; None where this is no task.
+
+    The client that is active in a task is that of the task's own cluster: it would wait for tasks that wait for its
+    thread. The other threads of the worker have other tasks.
+    """
+    worker = _current_worker()
+    if worker is None:
+        return None
+    limit = worker.memory_manager.memory_limit
+    return ThreadScheduler(1, limit and limit // worker.state.nthreads)
+
+
+@contextmanager
+def _thread_left_to_others() -> Iterator[None]:
+    """Let the worker whose task this is use the thread for what the task waits for."""
+    import distributed
+
+    seceded = False
+    if _current_worker() is not None:
+        with contextlib.suppress(KeyError):  # the task has seceded before
+            distributed.secede()
+            seceded = True
+    try:
+        yield
+    finally:
+        if seceded:
+            distributed.rejoin()
 
 
 def _num_workers() -> int:
