@@ -8,8 +8,18 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
+# What is wrong with a Python, nothing where it will do. A recipe is expanded before its first line is run.
+wrong_with = $(shell $(1) -c "import sys; sys.version_info < (3, 11) and sys.stdout.write('Python ' + sys.version.split()[0])" \
+  2>/dev/null || echo no Python that runs)
+refuse = $(error $(1) is $(2), trajkit needs Python 3.11 or newer; give one: $(3) PYTHON=python3.12)
+require = $(if $(call wrong_with,$(1)),$(call refuse,$(1),$(call wrong_with,$(1)),$(2)))
+runs = $(filter-out no Python that runs,$(or $(call wrong_with,$(1)),yes))
+
 $(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(call runs,$(BIN)/python),$(call require,$(BIN)/python,make clean install),$(call require,$(PYTHON),make))
+	@# What is there may be half made: a folder without a Python that runs, or a Python without pip.
+	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --default-pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

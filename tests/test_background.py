@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interruptible import interruptible
 from torch import nn
 
 from trajkit import Recorder, RunWriter, load_weights, open_run
@@ -428,7 +429,7 @@ TRAINING = """
 def run_script(more: str, path: Path, begins: str = TRAINING) -> subprocess.CompletedProcess[str]:
     script = textwrap.dedent(begins) + textwrap.dedent(more)
     command = [sys.executable, "-W", "error", "-c", script, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(interruptible(command), capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_a_recorder_that_was_dropped_loses_nothing_when_the_interpreter_ends(tmp_path: Path) -> None:

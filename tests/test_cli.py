@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from interruptible import interruptible
 from safetensors.torch import load_file
 from test_quality import rewritten
 from torch import nn
@@ -365,7 +366,7 @@ trajkit.device.fit_block_fused = slow
 main()
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "fit", digits_path, "-q"], stderr=subprocess.PIPE, text=True
+        interruptible([sys.executable, "-c", code, "fit", digits_path, "-q"]), stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "fitting\n"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from interruptible import interruptible
 from test_cli import invoke
 
 from trajkit import open_run
@@ -93,7 +94,7 @@ def test_a_signal_without_a_terminal_reaches_the_training_once(
     number: signal.Signals, expected: int, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "trajkit_cli", "record", tmp_path / "run", "--", *code(COUNTING)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True)
+    process = subprocess.Popen(interruptible(command), stdout=subprocess.PIPE, start_new_session=True, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, number)  # the whole group, as some supervisors do
@@ -102,7 +103,7 @@ def test_a_signal_without_a_terminal_reaches_the_training_once(
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_training_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trajkit_cli", "record", str(tmp_path / "run"), "--", *code(COUNTING)]
+    command = interruptible([sys.executable, "-m", "trajkit_cli", "record", tmp_path / "run", "--", *code(COUNTING)])
     child, terminal = pty.fork()
     if child == 0:
         os.execv(command[0], command)

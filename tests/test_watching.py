@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from interruptible import interruptible
 from safetensors.torch import save_file
 from test_cli import invoke, invoke_json
 
@@ -332,7 +333,7 @@ def test_the_command_watches_until_an_epoch(folder: Path, tmp_path: Path) -> Non
 def test_ctrl_c_ends_a_watch_well(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
     save(folder / "epoch0.pt")
     command = [sys.executable, "-m", "trajkit_cli", "record", tmp_path / "run", "--watch", folder, "--interval", "0.01"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(interruptible(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     while "recorded" not in process.stderr.readline():
         assert process.poll() is None

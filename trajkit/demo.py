@@ -6,7 +6,8 @@ A small CNN learns the 1797 handwritten digits that come with scikit-learn.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def test_accuracy(state_dict: dict[str, Any]) -> dict[str, float]:
     model = digits_cnn()
     model.load_state_dict(state_dict)
     _, _, images, labels = digits()
-    return {"test_accuracy": _accuracy(model, images, labels)}
+    with _one_thread():
+        return {"test_accuracy": _accuracy(model, images, labels)}
 
 
 def record_digits(path: PathLike, epochs: int = 40, seed: int = 0, progress: Progress | None = None) -> Run:
@@ -91,7 +93,7 @@ def record_digits(path: PathLike, epochs: int = 40, seed: int = 0, progress: Pro
     model = digits_cnn()
     images, labels, test_images, test_labels = digits()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    with Recorder(model, path) as recorder:
+    with _one_thread(), Recorder(model, path) as recorder:
         for epoch in range(epochs):
             if epoch:
                 _train_one_epoch(model, optimizer, images, labels)
@@ -116,9 +118,9 @@ def run_demo(path: PathLike, epochs: int = 40, shown: int = 8, progress: Progres
     decomposition = fit(run, modes=10)
     finish("fit")
     last = run.epochs[-shown:].tolist()
-    write_checkpoint(run, last[-1], Path(run.path).parent / "digits-cmd.safetensors", decomposition.name)
+    write_checkpoint(run, last[-1], Path(run.path).parent / "digits-cmd.safetensors", decomposition)
     finish("reconstruct")
-    evaluation = evaluate(run, test_accuracy, decomposition.name, last)
+    evaluation = evaluate(run, test_accuracy, decomposition, last)
     finish("evaluate")
     lines = tuple(
         DemoEpoch(
@@ -147,6 +149,20 @@ def error_relative_to_motion(decomposition: Decomposition, epoch: int) -> float 
     residual = recorded - decomposition.modelled([epoch], dtype=np.float64)[0]
     motion = recorded - decomposition.mean
     return relative_to_motion(float(residual @ residual), float(motion @ motion))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread meanwhile: several of them wait for each other where other work takes the cores.
+
+    An operation of so small a model takes less time than that.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train_one_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
