@@ -5,7 +5,7 @@ A message says where, what was expected, what was found and the cure, in one lin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 
@@ -78,6 +78,12 @@ def torch_needed(what: str) -> Iterator[None]:
 def named_type(value: object) -> str:
     """Return how an error names what was given instead of something else: ``None``, or by its type."""
     return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def listed(names: Collection[str], most: int = 4) -> str:
+    """Return names as a message lists them: quoted, and those beyond the first `most` counted."""
+    shown = ", ".join(f"'{name}'" for name in list(names)[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 @contextmanager
