@@ -28,8 +28,9 @@ SHOWN = 10
 def check(ctx: click.Context, /, run: Path, epochs: list[int] | None, fast: bool, quiet: bool, as_json: bool) -> None:
     """Look for faults in the content of RUN: epochs and tensors that are not what a training leaves behind.
 
-    Duplicate, missing, out-of-order and outlying epochs; tensors that repeat themselves, never change, explode, or hold
-    NaN. The exit code is 0 where nothing is suspicious, 1 where something is, 2 where RUN could not be looked at.
+    Duplicate, missing, out-of-order and outlying epochs; two trainings one after the other; tensors that repeat
+    themselves, never change, explode, hold NaN, or are the stubs of ZeRO-3. The exit code is 0 where nothing is
+    suspicious, 1 where something is, 2 where RUN could not be looked at.
 
     \b
     Example:

@@ -17,7 +17,7 @@ from trajkit import ParameterLayout, Run, RunWriter, check, open_run
 from trajkit.errors import DamagedRunError, InputError, UnknownNameError
 from trajkit.health import reading
 from trajkit.health.labels import missing_labels
-from trajkit.health.order import home_of, outliers, squared_distances, swaps
+from trajkit.health.order import home_of, jumps, outliers, squared_distances, swaps
 from trajkit.health.reading import read_contents
 from trajkit.kernels.contents import contents_of
 from trajkit.layout import TensorEntry
@@ -232,6 +232,119 @@ def test_an_outlier_beyond_everything_has_no_home() -> None:
     assert home_of(9, positions) == 16
 
 
+# --- Two trainings one after the other
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("first", [2, 5, 20, 35, 38])
+def test_two_trainings_one_after_the_other_are_found(first: int, fast: bool, replant: Callable[..., Run]) -> None:
+    def splice(weights: Matrix, _buffers: Buffers) -> None:
+        weights[first:] = -weights[first:]  # as good a training as the other, from another beginning
+
+    report = check(replant(splice), fast=fast)
+    assert of(report) == [("jump", (first - 1, first), ())]
+    assert f"epochs {first - 1} and {first}: more than 20 times as far apart as is usual" in report.findings[0].text
+    assert "two trainings may meet here, compare both with their source" in report.findings[0].text
+
+
+def test_a_training_that_begins_anew_after_another_is_found(replant: Callable[..., Run]) -> None:
+    def splice(weights: Matrix, _buffers: Buffers) -> None:
+        weights[20:] = -weights[:20]
+
+    assert of(check(replant(splice))) == [("jump", (19, 20), ())]
+
+
+def test_three_trainings_are_two_jumps(replant: Callable[..., Run]) -> None:
+    def splice(weights: Matrix, _buffers: Buffers) -> None:
+        weights[12:25] *= -1
+        weights[25:, ::2] *= -1
+
+    assert of(check(replant(splice))) == [("jump", (11, 12), ()), ("jump", (24, 25), ())]
+
+
+def test_a_training_that_jumps_again_and_again_may_be_meant_to(replant: Callable[..., Run]) -> None:
+    def reset(weights: Matrix, _buffers: Buffers) -> None:
+        for row in range(8, 40, 8):
+            weights[row:] *= -1
+
+    report = check(replant(reset))
+    assert report.healthy
+    assert [(note.kind, note.epochs) for note in report.notes] == [("jump", (row - 1, row)) for row in range(8, 40, 8)]
+
+
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_without_a_usual_step_on_either_side_nothing_is_said(end: str, replant: Callable[..., Run]) -> None:
+    def splice(weights: Matrix, _buffers: Buffers) -> None:
+        weights[0 if end == "first" else -1] *= -1
+
+    assert check(replant(splice)).healthy
+
+
+def test_an_outlier_is_no_second_training(replant: Callable[..., Run]) -> None:
+    def disturb(weights: Matrix, _buffers: Buffers) -> None:
+        weights[20] *= -1
+
+    assert of(check(replant(disturb))) == [("outlier", (20,), ())]
+
+
+def test_few_steps_do_not_say_what_is_usual(make_run: MakeRun) -> None:
+    for n_epochs, found in ((5, []), (6, ["jump"])):
+        weights = trajectories("random walk", n_epochs, 600, seed=0) / 100
+        weights[3:] += 1
+        assert [kind for kind, _, _ in of(check(make_run(weights, name=f"run{n_epochs}")))] == found
+
+
+@pytest.mark.parametrize("n_epochs", [7, 8, 12, 40, 150])
+@pytest.mark.parametrize("kind", KINDS)
+def test_healthy_trainings_do_not_jump(kind: str, n_epochs: int) -> None:
+    for seed in range(3):
+        positions = trajectories(kind, n_epochs, 300, seed)
+        powers = np.unique(np.geomspace(1, 10**6, n_epochs).astype(np.int64))
+        for labels in (np.arange(n_epochs), 500 * np.arange(n_epochs), powers):
+            if labels.size == n_epochs:
+                assert jumps(positions, labels).size == 0
+
+
+SCHEDULES = {
+    "warm restarts": lambda time: 0.001 + np.cos(time % 10 / 10 * np.pi / 2) ** 2,
+    "restarts from next to nothing": lambda time: 0.0001 + 0.5 * (1 + np.cos(time % 25 / 25 * np.pi)),
+    "warm-up and decay": lambda time: np.minimum(1, (time + 1) / 5) * np.exp(-time / 20),
+    "steps of ten": lambda time: 10.0 ** -(time // 15),
+    "a fast decay": lambda time: np.exp(-time / 4),
+    "a disturbance that fades": lambda time: 1 + 60 * np.where(time >= 20, np.exp(-(time - 20) / 3.0), 0),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_schedules_of_the_learning_rate_do_not_jump(schedule: str, bfloat16: bool) -> None:
+    for seed in range(5):
+        noise = np.random.default_rng(seed).normal(size=(60, 500))
+        positions = (1 + 0.01 * (SCHEDULES[schedule](np.arange(60))[:, None] * noise).cumsum(axis=0)).astype(np.float32)
+        if bfloat16:
+            positions = (positions.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        assert jumps(positions, np.arange(60)).size == 0
+
+
+def test_a_large_weight_that_rounds_otherwise_is_no_jump_of_weights_at_rest() -> None:
+    """In bfloat16 most weights are at rest in the end, and the steps of those that are not differ by orders."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        weights = rng.normal(size=2000) * 10.0 ** rng.integers(-4, 1, size=2000)
+        steps = rng.normal(size=(80, 2000)) * 0.003 * np.abs(weights) * np.exp(-np.arange(80) / 8)[:, None]
+        positions = (weights + steps.cumsum(axis=0)).astype(np.float32)
+        positions = (positions.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        assert jumps(positions, np.arange(80)).size == 0
+
+
+def test_a_long_gap_in_the_labels_is_no_jump_of_a_training_that_drifts() -> None:
+    """Over a gap of 10,000 a line is 100 times as long as the root of the gap says."""
+    labels = np.array([*range(20), *range(10_000, 10_020)])
+    direction = np.random.default_rng(0).normal(size=500)
+    assert jumps((labels[:, None] * direction).astype(np.float32), labels).size == 0
+    assert jumps((labels[:, None] * direction).astype(np.float32), np.arange(40)).tolist() == [19]
+
+
 # --- Missing epochs
 
 
@@ -431,6 +544,32 @@ def test_a_mask_of_infinities_is_no_fault(tmp_path: Path) -> None:
     report = check(record(tmp_path / "run", layout, correlated(9, 200), {"float32": np.tile(masks, (9, 1))}))
     assert report.healthy
     assert [note.kind for note in report.notes] == ["nonfinite", "constant"]
+
+
+# --- Stubs
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_stubs_of_zero_3_are_found(fast: bool, tmp_path: Path) -> None:
+    entries = [TensorEntry(name, (0,), "float32", "weight") for name in ("fc.weight", "out.weight")]
+    layout = ParameterLayout.of([*entries, TensorEntry("fc.bias", (200,), "float32", "weight")])
+    report = check(record(tmp_path / "run", layout, correlated(9, 200)), fast=fast)
+    assert of(report) == [("empty", (), ("fc.weight", "out.weight"))]
+    assert "'fc.weight', 'out.weight' have shape (0,), as DeepSpeed's ZeRO-3 leaves" in report.findings[0].text
+    assert "zero_to_fp32.py" in report.findings[0].text
+    assert invoke("check", report.path, "-q", code=1).stdout.startswith("empty: 'fc.weight', 'out.weight' have shape")
+
+
+def test_empty_tensors_that_a_model_has_are_no_stubs(tmp_path: Path) -> None:
+    layout = ParameterLayout.of(
+        [
+            TensorEntry("no rows", (0, 4), "float32", "weight"),
+            TensorEntry("frozen", (0,), "float32", "weight", trainable=False),
+            TensorEntry("observed", (0,), "float32", "buffer"),
+            *vector_layout(200).tensors,
+        ]
+    )
+    assert check(record(tmp_path / "run", layout, correlated(9, 200))).healthy
 
 
 # --- The pass over the archive

@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DamagedRunError, InputError
+from ..kernels.steps import FAR
+from ..layout import stub_warning
 from ..run import PathLike, Run, as_run
 from ..store.format import PROBE, WEIGHTS, buffer_path
 from .labels import missing_labels
-from .order import home_of, outliers, swaps
+from .order import home_of, jumps, outliers, swaps
 from .reading import Progress, TensorContents, read_contents
 from .report import Finding, HealthReport, name_epochs
 from .tensors import judge_tensors
@@ -20,15 +22,19 @@ from .tensors import judge_tensors
 FEWEST_WEIGHTS = 100
 """Of the probe: the path of a few weights crosses itself by chance."""
 
+MOST_JUMPS = 3
+"""Jumps of a run that are suspicious: more of them are what this training does, as one that resets its weights."""
+
 
 def check(
     run: Run | PathLike, epochs: Iterable[int] | None = None, progress: Progress | None = None, *, fast: bool = False
 ) -> HealthReport:
     """Look for faults in the content of a run: epochs and tensors that are not what a training leaves behind.
 
-    Reported are duplicate, missing, out-of-order and outlying epochs, and tensors that repeat themselves, never change,
-    explode, or hold NaN or infinite values; the rules stand beside `order.outliers`, `order.swaps`,
-    `labels.missing_labels` and in `tensors`. What happens in healthy trainings too is a note, not a finding.
+    Reported are duplicate, missing, out-of-order and outlying epochs, two trainings one after the other, and tensors
+    that repeat themselves, never change, explode, hold NaN or infinite values, or have none where ZeRO-3 kept them
+    elsewhere; the rules stand beside `order.outliers`, `order.swaps`, `order.jumps`, `labels.missing_labels`,
+    `ParameterLayout.stubs` and in `tensors`. What happens in healthy trainings too is a note, not a finding.
 
     run: a `Run`, or the path of one.
     epochs: labels of the recorded epochs to check, all by default; neighbours are then those among them.
@@ -46,7 +52,7 @@ def check(
             raise InputError(f"{run.path}: no epoch to check, expected at least one that is not bad; name some")
         labels = run.epochs[rows]
         copies = _same_weights(run, rows)
-        found = [*_duplicates(run, rows, copies), *_missing(run, labels), *_out_of_place(run, rows)]
+        found = [*_duplicates(run, rows, copies), *_missing(run, labels), *_out_of_place(run, rows), *_stubs(run)]
         unchanged = None
         if not fast:
             tensors = read_contents(run, rows, progress)
@@ -121,6 +127,26 @@ def _out_of_place(run: Run, rows: NDArray[np.int64]) -> Iterator[Finding]:
         pair = (labels[rest[first]], labels[rest[last]])
         what = f"seem swapped{', or what lies between them reversed' if last - first > 1 else ''}"
         yield Finding("order", pair, (), f"{name_epochs(pair)}: {what}; compare these checkpoints with their source")
+    yield from _jumps(probe[rest], [labels[row] for row in rest])
+
+
+def _jumps(probe: NDArray[np.float32], labels: list[int]) -> Iterator[Finding]:
+    """Where two trainings may meet; a training that jumps again and again may be meant to."""
+    found = jumps(probe, np.array(labels, np.int64)).tolist()
+    for row in found:
+        pair = (labels[row], labels[row + 1])
+        text = (
+            f"{name_epochs(pair)}: more than {FAR:g} times as far apart as is usual, with usual steps before and after"
+        )
+        cure = "two trainings may meet here, compare both with their source"
+        yield Finding("jump", pair, (), f"{text}; {cure}", suspicious=len(found) <= MOST_JUMPS)
+
+
+def _stubs(run: Run) -> Iterator[Finding]:
+    """Tensors whose values were elsewhere when they were recorded."""
+    text = stub_warning(run.layout)
+    if text is not None:
+        yield Finding("empty", (), run.layout.stubs, text)
 
 
 def _outlier(labels: list[int], row: int, home: int | None) -> Finding:

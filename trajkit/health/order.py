@@ -9,9 +9,12 @@ each rule has two thresholds: a margin, and how far the epoch stands out among t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..kernels.steps import far_steps, scaled_steps, usual_step
 
 OUTLIER_MARGIN = 1.5
 """Distance to the neighbours over their distance: 0.5 along a line, 0.71 in a random walk, 1 in independent noise."""
@@ -33,6 +36,12 @@ FEWEST = 5
 
 LONGEST_SWAP = 8
 """Steps between epochs that are swapped; those farther apart are outliers."""
+
+BESIDE_JUMP = 0.25
+"""Most of a jump's length that the steps before and after it have: one that fades is a training that was disturbed."""
+
+LONGEST_GAP = 100
+"""Gap in labels over the usual one, beyond which a training may have gone anywhere."""
 
 
 def squared_distances(positions: NDArray[np.float32], reach: int) -> NDArray[np.float64]:
@@ -83,6 +92,33 @@ def swaps(positions: NDArray[np.float32], longest: int = LONGEST_SWAP) -> list[t
         for first in np.flatnonzero(_stand_out(score, SWAP_MARGIN))
     ]
     return sorted(_best_apart(found))
+
+
+def jumps(positions: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the rows (k,) of positions (E, P) from which the next one is a jump away: where two trainings may meet.
+
+    That is one step which is far by `kernels.steps`, with usual ones on both sides, and which more than half of the
+    weights take that move at all: of weights at rest in bfloat16 a single large one may go farther than all small ones.
+    """
+    steps = scaled_steps(positions, labels)
+    found = []
+    for row in far_steps(steps, usual_step(steps)).tolist():
+        beside = steps[[row - 1, row + 1]] if 0 < row < steps.size - 1 else np.array([np.inf])
+        if beside.max() <= BESIDE_JUMP * steps[row] and _is_near(labels, row) and _is_taken_by_most(positions, row):
+            found.append(row)
+    return np.array(found, np.int64)
+
+
+def _is_near(labels: NDArray[np.int64], row: int) -> bool:
+    """Return whether the gap after a row is not far beyond the usual gap of the labels."""
+    gaps = [float(after - before) for before, after in pairwise(labels.tolist())]
+    return bool(gaps[row] <= LONGEST_GAP * np.median(gaps))
+
+
+def _is_taken_by_most(positions: NDArray[np.float32], row: int) -> bool:
+    """Return whether most of the weights that move at all move in the step after a row."""
+    moving = np.count_nonzero((positions != positions[0]).any(axis=0))
+    return bool(2 * np.count_nonzero(positions[row + 1] != positions[row]) > moving)
 
 
 def _swap_scores(distances: NDArray[np.float64], steps: int) -> NDArray[np.float64]:

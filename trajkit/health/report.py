@@ -7,7 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["duplicate", "missing", "order", "outlier", "constant", "still", "exploding", "nonfinite", "unjudged"]
+Kind = Literal[
+    "duplicate",
+    "missing",
+    "order",
+    "outlier",
+    "constant",
+    "still",
+    "exploding",
+    "nonfinite",
+    "unjudged",
+    "jump",
+    "empty",
+]
 
 NAMED = 6
 """Epochs or tensors that a text names, at most."""
