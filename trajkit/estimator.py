@@ -59,6 +59,7 @@ class CMD(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     reference_indices_ : (M,) which rows of X they are, where each is a single weight
     functional_ : how their values follow from those of single weights, by index, mode, coefficient and origin
     curve_ : pairs of M and the variance explained of held-out weights, by which M was chosen; empty where it was given
+        or nothing moves
     sample_indices_ : (K,) rows of X that the clusters were found on
     """
 

@@ -288,7 +288,8 @@ class RunWriter:
         `step` is the training's global step, a second label: every epoch of a run has one, or none has.
 
         The epoch is recorded when this returns. Raises `LayoutError` where `layout` is not the run's, and
-        `InputError` for an epoch or a step that is not later than the last one, or for NaN or infinite weights.
+        `InputError` for an epoch or a step that is below 0 or not later than the last one, or for NaN or infinite
+        weights.
         """
         label = self.require_next(epoch)
         step = self.require_step(label, step)
