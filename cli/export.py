@@ -77,7 +77,7 @@ def export(
     \b
     Examples:
       trajkit export data/digits --epoch 39 -o epoch39.pt
-      trajkit export data/digits --average last:10 --format safetensors -o averaged/
+      trajkit export data/digits --average last:10 --format safetensors -o swa/
       trajkit export data/digits --ema-half-life 5 -o ema.pt
     """
     if None not in (ema, ema_half_life):

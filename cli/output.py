@@ -30,7 +30,7 @@ NOTHING = "–"
 
 
 def printable(text: str) -> str:
-    """Return text as one line: control, bidirectional and other invisible characters as escapes such as ``\\\\x1b``."""
+    """Return text as one line: control, bidirectional and other invisible characters as escapes such as ``\\x1b``."""
     if text.isprintable():
         return text
     return "".join(
@@ -41,7 +41,7 @@ def printable(text: str) -> str:
 
 def echo(line: str = "", err: bool = False) -> None:
     """Print one line on stdout or stderr, `printable`; characters that the stream cannot show become escapes, too."""
-    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,11 @@ def cluster(processes: bool, threads: int) -> Iterator[Any]:
         "memory_limit": "2GiB",
         "dashboard_address": "127.0.0.1:0",
     }
+    before = dict(os.environ)
     with distributed.LocalCluster(processes=processes, **settings) as local, distributed.Client(local) as client:
+        # Where workers are processes, it sets OMP_NUM_THREADS=1 and the like here, which later children would inherit.
+        os.environ.clear()
+        os.environ.update(before)
         yield client
 
 

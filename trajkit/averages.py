@@ -45,10 +45,10 @@ class Average:
     rows: tuple[int, ...]
     """Positions of the epochs, rising."""
     decay: float | None = None
-    half_life: float | None = None
-    """Epochs after which an epoch counts for half, where the decay was given by it."""
     left_out: tuple[int, ...] = ()
     """Epochs that would belong to it, and that `repair` has found damaged."""
+    half_life: float | None = None
+    """Epochs after which an epoch counts for half, where the decay was given by it."""
 
     def __str__(self) -> str:
         kind = "average" if self.decay is None else f"EMA {self.decay:g}"
@@ -115,7 +115,7 @@ class Averaging:
             )
         decay = self._decay()
         rows, left_out = _rows_of(run, self.average, up_to)
-        averaged = Average(run, rows, decay, self.ema_half_life, left_out)
+        averaged = Average(run, rows, decay, left_out, self.ema_half_life)
         if averaged.decay is not None and len(rows) > 1 and averaged.share_of_first > MOST_OF_FIRST:
             most = math.floor(10 * (len(rows) - 1) * math.log(2) / -math.log(MOST_OF_FIRST)) / 10
             warn(

@@ -67,7 +67,8 @@ def torch_needed(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if isinstance(error, TrajkitError) or "torch" not in (error.name or str(error)):
+        is_torch = error.name.partition(".")[0] == "torch" if error.name else "torch" in str(error)
+        if isinstance(error, TrajkitError) or not is_torch:
             raise
         raise MissingDependencyError(
             f"{what} needs PyTorch, which cannot be imported ({error}); install the build that suits the machine:"

@@ -111,7 +111,7 @@ class Trial:
         Return 1 and an empty curve where no held-out weight moves. Raises `InputError` where none of up to 300 explains
         the share.
         """
-        if not self.held_out.any():
+        if self._total == 0:
             return 1, ()
         if cut == "auto":
             curve = tuple(self._scores(STEPS))
@@ -130,15 +130,19 @@ class Trial:
             f" {tried[-1][0]} modes do, expected {cut}; ask for less, for other references, or for a number of modes"
         )
 
+    @cached_property
+    def _total(self) -> float:
+        """Sum of the squares of what is held out."""
+        return float(np.square(self.held_out).sum())
+
     def _scores(self, numbers: Iterable[int], above: int = 0) -> Iterator[tuple[int, float]]:
         """How many modes there are, where at most so many are asked for, and their score; each once."""
-        total = np.square(self.held_out).sum()
         for number in numbers:
             lines = self._lines(self.sample.references(number))
             if lines.shape[1] > above:
                 above = lines.shape[1]
                 explained = np.square(self.held_out @ lines).max(axis=1).sum()
-                yield above, min(float(explained / total), 1.0)
+                yield above, min(float(explained / self._total), 1.0)
 
     def _lines(self, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
         """(E, M) directions of the references that begin with single weights of the sample."""
