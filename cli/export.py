@@ -9,7 +9,7 @@ import click
 
 import trajkit
 
-from .options import EpochRange, fit_option, json_option, run_argument
+from .options import EpochRange, fit_option, json_option, results_option, run_argument
 from .output import echo_json, size
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Averaged(EpochRange):
 @click.option("-o", "--output", metavar="OUT", required=True, help="File or folder to write.")
 @click.option("--max-shard-size", metavar="BYTES", help="Of a file in a safetensors folder.  [default: 5GB]")
 @click.option("--force", is_flag=True, help="Overwrite the checkpoint if it exists.")
+@results_option
 @json_option
 def export(
     run: str | Path,
@@ -55,6 +56,7 @@ def export(
     output: str,
     max_shard_size: str | None,
     force: bool,
+    results: str | None,
     as_json: bool,
 ) -> None:
     """Write weights of RUN as a checkpoint: of an epoch as recorded, modelled by a fit, or an average of epochs.
@@ -69,7 +71,7 @@ def export(
     """
     if sum(value is not None for value in (fit_name, average, ema)) > 1:
         raise click.UsageError("--fit, --average and --ema exclude each other; give one")
-    opened = trajkit.open_run(run)
+    opened = trajkit.open_run(run, results)
     averaged = None if average is None and ema is None else opened.average(average, ema, up_to=epoch)
     if epoch is None:
         epoch = averaged.epochs[-1] if averaged else opened.last_epoch

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..errors import InputError
-from ..run import PathLike, Run, open_run
+from ..run import PathLike, Run, as_run
 from ..store.evaluations import EvaluatedEpoch, Evaluation, save_evaluation
 
 StateDict = dict[str, Any]
@@ -21,6 +21,7 @@ def evaluate(
     fit: str | None = None,
     epochs: Iterable[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    results: PathLike | None = None,
 ) -> Evaluation:
     """Call `function` with the recorded state dict of each epoch, and with the one modelled by `fit`; keep the table.
 
@@ -28,12 +29,13 @@ def evaluate(
     fit: name of a saved fit; without, only the recorded weights are evaluated.
     epochs: labels, all recorded ones by default.
     progress: called with the number of calls done and to do.
+    results: as for `open_run`: a folder in which the evaluation is kept, and fits are looked for, beside the run.
 
     The evaluation is saved in the run, beside earlier ones; where that cannot be written, a warning says so.
     Raises `UnknownNameError` for an epoch or fit that does not exist, `InputError` where the function returns
     something else; what the function raises passes through.
     """
-    run = run if isinstance(run, Run) else open_run(run)
+    run = as_run(run, results)
     decomposition = None if fit is None else run.fit(fit)
     labels = run.epochs[run.rows_of(epochs)].tolist()
     if not labels:
@@ -64,9 +66,11 @@ def evaluate(
         fit=fit,
         evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"),
         epochs=tuple(table),
+        origin=run.archive.lineage.origin_of(labels),
     )
     try:
-        save_evaluation(run.archive.objects, evaluation)
+        with run.results.saving() as objects:
+            save_evaluation(objects, evaluation)
     except OSError as error:
         warnings.warn(f"the evaluation is not kept in the run: {error}", RuntimeWarning, stacklevel=2)
     return evaluation
