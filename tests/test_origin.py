@@ -291,10 +291,10 @@ def test_a_result_whose_folder_was_removed_is_a_note(run_path: Path) -> None:
     found = verify(run_path, "full")
     assert found.sound
     assert found.notes == (
-        "fits/a was saved and is gone: its folder was removed",
-        "evaluations/0000 was saved and is gone: its folder was removed",
+        "fits/a is gone: its folder was removed, or saving it was interrupted",
+        "evaluations/0000 is gone: its folder was removed, or saving it was interrupted",
     )
-    assert "note: fits/a was saved and is gone" in invoke("verify", run_path)
+    assert "note: fits/a is gone" in invoke("verify", run_path)
     make_results(run_path)
     assert verify(run_path, "full").notes == ()
 
@@ -302,6 +302,30 @@ def test_a_result_whose_folder_was_removed_is_a_note(run_path: Path) -> None:
 def test_what_a_repair_has_moved_is_not_called_gone(run_path: Path) -> None:
     (run_path / "fits/a/zarr.json").write_bytes(b"damaged")
     repair(run_path)
+    assert verify(run_path, "full").notes == ()
+
+
+def test_the_ledger_is_verified_and_written_again(run_path: Path) -> None:
+    entries = {file: file.read_bytes() for file in (run_path / "epoch/results").rglob("*.json")}
+    assert len(entries) == 2
+    first, second = entries
+    first.unlink()
+    second.write_bytes(b"{}")
+    assert {damage.key for damage in verify(run_path, "fast").damages} == {
+        file.relative_to(run_path).as_posix() for file in entries
+    }
+    repair(run_path)
+    assert {file: file.read_bytes() for file in entries} == entries
+    assert verify(run_path, "full").sound
+
+
+def test_an_interrupted_fit_is_not_entered(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trajkit.store.fits.sealed_group", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(run_path, modes=1, samples=50, name="b")
     assert verify(run_path, "full").notes == ()
 
 

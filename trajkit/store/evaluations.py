@@ -9,7 +9,7 @@ from typing import Any
 from ..documents import require_fields, require_kind
 from ..errors import DamagedRunError
 from .format import EVALUATIONS, METADATA, group_document, read_metrics, spell_metrics
-from .ledger import note_result
+from .ledger import ledger_entry
 from .origin import Lineage, Origin
 from .place import Objects
 from .root import encoded, read_document, sealed_group, unsealed, write_documents
@@ -73,12 +73,12 @@ def save_evaluation(objects: Objects, evaluation: Evaluation) -> None:
         name = f"{number:04d}"
         content = {**evaluation.to_json(), "number": name}
         group = encoded(sealed_group(EVALUATION_ATTRIBUTE, "evaluation", content), EVALUATIONS)
+        objects.replace(dict([ledger_entry(EVALUATIONS, name)]))
         try:
             objects.create_atomically(f"{EVALUATIONS}/{name}/{METADATA}", group)
-            break
+            return
         except FileExistsError:
             number += 1
-    note_result(objects, EVALUATIONS, name)
 
 
 def read_evaluation(objects: Objects, number: str, lineage: Lineage) -> Evaluation:

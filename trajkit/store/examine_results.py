@@ -9,8 +9,9 @@ from .evaluations import read_evaluation
 from .examination import Examination, document_damage, fit_damage, read_node, reason_of
 from .fits import open_fit
 from .format import EVALUATIONS, FITS, METADATA, group_document
-from .ledger import missing_results
+from .ledger import ledger_entry, missing_results
 from .origin import Lineage
+from .root import read_small
 
 NO_ORIGIN = "its origin is not recorded, it was made by an older version"
 
@@ -22,7 +23,7 @@ def examine_results(found: Examination) -> None:
     _expect_fits(found, found.layout, found.lineage)
     _read_evaluations(found, found.lineage)
     for kind, name in missing_results(found.objects):
-        found.notes.append(f"{kind}/{name} was saved and is gone: its folder was removed")
+        found.notes.append(f"{kind}/{name} is gone: its folder was removed, or saving it was interrupted")
 
 
 def _expect_fits(found: Examination, layout: ParameterLayout, lineage: Lineage) -> None:
@@ -55,6 +56,8 @@ def _expect_fits(found: Examination, layout: ParameterLayout, lineage: Lineage) 
             continue
         if fit.origin is None:
             found.notes.append(f"fit '{name}': {NO_ORIGIN}")
+        else:
+            _require_entry(found, FITS, name)
         found.fits[aside] = fit
         found.committed |= table
         documents = {fit.group: group_document(), aside: fit.group_document()}
@@ -73,6 +76,8 @@ def _read_evaluations(found: Examination, lineage: Lineage) -> None:
             evaluation = read_evaluation(found.objects, number, lineage)
             if evaluation.origin is None:
                 found.notes.append(f"evaluation {number}: {NO_ORIGIN}")
+            else:
+                _require_entry(found, EVALUATIONS, number)
             if evaluation.number not in (None, number):
                 found.damages.append(_renamed(key, "", f"evaluation {evaluation.number:.100}"))
         except DamagedRunError as error:
@@ -80,6 +85,16 @@ def _read_evaluations(found: Examination, lineage: Lineage) -> None:
             found.damages.append(
                 Damage(key, reason_of(found.objects, key, error), "", cure, aside=f"{EVALUATIONS}/{number}")
             )
+
+
+def _require_entry(found: Examination, kind: str, name: str) -> None:
+    """Note as damage where the ledger does not enter a result, or says something else."""
+    key, content = ledger_entry(kind, name)
+    try:
+        if read_small(found.objects, key) != content:
+            raise ValueError("another content")
+    except (ValueError, DamagedRunError) as error:
+        found.damages.append(Damage(key, f"does not enter {kind}/{name} ({reason_of(found.objects, key, error)})"))
 
 
 def _renamed(key: str, place: str, what: str) -> Damage:

@@ -34,7 +34,7 @@ from .commit import StoredObject
 from .expected import part, require_objects
 from .fit_shape import FitShape
 from .format import FITS, METADATA, group_document, is_name, require_name
-from .ledger import note_result
+from .ledger import ledger_entry
 from .objects import DamagedObjectError
 from .origin import Lineage, Origin
 from .place import Objects
@@ -259,7 +259,6 @@ class FitWriter:
         else:
             self._objects.replace({key: encoded(group, key)})
             self._objects.sync_names()
-        note_result(self._objects, FITS, self.name)
 
     def _complete(self, stored: Stored, small: Mapping[str, NDArray[Any]]) -> str:
         """Bring all that the group will stand for to the disk; the hash of the table of its objects."""
@@ -278,6 +277,7 @@ class FitWriter:
         groups = {f"{self._group}/{array}": document for array, document in documents.items()}
         for path, document in groups.items():
             written[f"{path}/{METADATA}"] = encoded(document, path)
+        written |= [ledger_entry(FITS, self.name)]
         for key, data in written.items():
             put(key, data)
         self._objects.sync(written.keys() | stored.keys())
@@ -318,6 +318,7 @@ class FitWriter:
         folder = f"{FITS}/{self.name}"
         if not self._objects.exists(f"{folder}/{METADATA}"):
             self._objects.delete_tree(folder)
+            self._objects.delete(ledger_entry(FITS, self.name)[0])
             return
         exists = str(_saved(self._objects, self.name)["version"])
         for name in self._objects.names(folder):
@@ -338,6 +339,7 @@ class FitWriter:
                     if not self._objects.exists(f"{FITS}/{name}/{METADATA}"):
                         self._objects.owned_by(f"fit-{name}").clear_temporary()
                         self._objects.delete_tree(f"{FITS}/{name}")
+                        self._objects.delete(ledger_entry(FITS, name)[0])
                 finally:
                     lock.release()
 

@@ -1,32 +1,28 @@
 """The ledger of results: which fits and evaluations were saved, so that one whose folder is gone is noticed.
 
-Deleting the folder of a fit is a documented way to remove it, so a missing one is worth a note and no damage. An entry
-is a small document, ``epoch/results/<kind>/<name>.json``. Nothing else depends on it: it is written when the result is
-there already, without a wait for the disk, and one that is lost only keeps `verify` silent.
+Deleting the folder of a fit is a documented way to remove it, so a missing one is worth a note and is no damage. An
+entry is a small document, ``epoch/results/<kind>/<name>.json``, which follows from the kind and the name of the result.
+It is written before the result exists, so that none is missing after a crash.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 
+from ..digest import canonical_json
 from .format import EVALUATIONS, FITS, LEDGER
 from .place import Objects
 
 SUFFIX = ".json"
 
 
-def note_result(objects: Objects, kind: str, name: str) -> None:
-    """Enter a result that was saved: kind is ``fits`` or ``evaluations``."""
-    entry = {"saved_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    with contextlib.suppress(OSError):  # the result is safe without it
-        objects.replace({ledger_key(kind, name): json.dumps(entry).encode()})
+def ledger_entry(kind: str, name: str) -> tuple[str, bytes]:
+    """Return the object that enters a result, of kind ``fits`` or ``evaluations``, and its content."""
+    return f"{LEDGER}/{kind}/{name}{SUFFIX}", canonical_json({"kind": kind, "name": name})
 
 
 def missing_results(objects: Objects) -> Iterator[tuple[str, str]]:
-    """Yield kind and name of the results that were saved and of which nothing is left."""
+    """Yield kind and name of the results that were entered and of which nothing is there."""
     for kind in (FITS, EVALUATIONS):
         entered = objects.names(f"{LEDGER}/{kind}")
         there = set(objects.names(kind)) if entered else set()
@@ -34,8 +30,3 @@ def missing_results(objects: Objects) -> Iterator[tuple[str, str]]:
             name = entry.removesuffix(SUFFIX)
             if entry.endswith(SUFFIX) and name not in there:
                 yield kind, name
-
-
-def ledger_key(kind: str, name: str) -> str:
-    """Return the object that enters a result."""
-    return f"{LEDGER}/{kind}/{name}{SUFFIX}"

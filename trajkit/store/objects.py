@@ -120,7 +120,7 @@ class LocalObjects:
         if found is None or found.st_size != length:
             raise wrong_length(key, None if found is None else found.st_size, length)
         try:
-            content = digest_of_file(path)
+            content = self.digest(key)
         except FileNotFoundError as error:
             raise DamagedObjectError(key, "is missing") from error
         require_content(key, content, hash)

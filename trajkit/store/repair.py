@@ -25,8 +25,8 @@ from .commit import CommitRecord, LostRecord
 from .damage import Damage, Mark, mark_key, move_aside
 from .examination import Examination, Progress
 from .examine_run import examine, expected_documents, require_run
-from .format import ASIDE, BAD, EPOCH, FITS, LAYOUT_COPIES, METADATA, PROBE, PROBE_INDEX, STEP, WEIGHTS
-from .ledger import ledger_key
+from .format import ASIDE, BAD, EPOCH, FITS, LAYOUT_COPIES, LEDGER, METADATA, PROBE, PROBE_INDEX, STEP, WEIGHTS
+from .ledger import SUFFIX, ledger_entry
 from .lost_labels import with_guesses
 from .place import Lock, Objects, PathLike, objects_at
 from .probe import draw_probe
@@ -118,6 +118,10 @@ class _Repairer:
             key = metadata_key(path)
             if key in self._damaged:
                 self._renew(key, encoded(self._with_attributes(key, document), path))
+                yield f"{key} written again"
+        for key in self._damaged:
+            if key.startswith(f"{LEDGER}/"):
+                self._renew(*ledger_entry(*key.removeprefix(f"{LEDGER}/").removesuffix(SUFFIX).split("/")))
                 yield f"{key} written again"
 
     def _with_attributes(self, key: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +237,7 @@ class _Repairer:
 
     def _move_all_aside(self, prefix: str) -> bool:
         keys = [key for key, _ in self._objects.lengths(prefix)]
-        for key in (*keys, ledger_key(*prefix.split("/"))):
+        for key in (*keys, ledger_entry(*prefix.split("/"))[0]):
             self._move_aside(key)
         if not keys:
             self._objects.delete_tree(prefix)  # empty folders
