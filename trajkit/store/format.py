@@ -40,9 +40,9 @@ Nor do the copies of the layout, ``epoch/layout.json`` and ``probe_index/layout.
 damaged epochs (``epoch/bad``) and what it moved out of the way (``epoch/aside``).
 
 **Optional parts**, which readers of an older version ignore, and which runs that were begun by one lack. Beside a
-commit record stands ``"weights": [hash, seal]``: BLAKE3 of the N weights as little-endian float32, whatever objects hold
-them, and a hash of that together with the record's. ``trajkit_identity`` in the root is the hash of the first commit
-record and names the run; a copy of the run keeps it. Fits and evaluations say by both what they were made of
+commit record stands ``"weights": [hash, seal]``: BLAKE3 of the N weights as little-endian float32, whatever objects
+hold them, and a hash of that together with the record's. ``trajkit_identity`` in the root is the hash of the first
+commit record and names the run; a copy of the run keeps it. Fits and evaluations say by both what they were made of
 (`trajkit.store.origin`). ``probe_index/layout.json`` is the third copy of the layout. ``epoch/results`` lists the
 results that were saved (`trajkit.store.ledger`).
 
