@@ -130,8 +130,9 @@ def test_every_damage_is_found(which: str, damaging: Damaging, request: pytest.F
         for name, data in touched.items():
             (path / name).unlink() if data is None else (path / name).write_bytes(data)
         try:
-            found = {damage.key for damage in verify(path, "full").damages}
-            assert found, f"{key} {damaging.__name__}"
+            found = verify(path, "full")
+            noted = found.notes and key.startswith("epoch/results/")  # the ledger of results: a missing entry is a note
+            assert found.damages or noted, f"{key} {damaging.__name__}"
         except (DamagedRunError, RunNotFoundError):
             pass  # there is nothing left to say more of
         for name in touched:

@@ -8,7 +8,7 @@ from .damage import Damage
 from .evaluations import read_evaluation
 from .examination import Examination, document_damage, fit_damage, read_node, reason_of
 from .fits import open_fit
-from .format import EVALUATIONS, FITS, METADATA, group_document
+from .format import EVALUATIONS, FITS, LEDGER, METADATA, group_document
 from .ledger import ledger_entry, missing_results
 from .origin import Lineage
 from .root import read_small
@@ -88,8 +88,11 @@ def _read_evaluations(found: Examination, lineage: Lineage) -> None:
 
 
 def _require_entry(found: Examination, kind: str, name: str) -> None:
-    """Note as damage where the ledger does not enter a result, or says something else."""
+    """Add a note where the ledger does not enter a result, and a damage where it says something else."""
     key, content = ledger_entry(kind, name)
+    if not found.objects.exists(key):
+        found.notes.append(f"{kind}/{name} is not entered in {LEDGER}")
+        return
     try:
         if read_small(found.objects, key) != content:
             raise ValueError("another content")
