@@ -26,6 +26,7 @@ from .store.pieces import WeightSource as WeightSource
 from .store.place import PathLike as PathLike
 from .store.probe import draw_probe
 from .store.results import Results, results_beside
+from .store.sources import Source
 from .store.writer import EpochValues, open_writer
 from .tensors import to_tensors
 from .trajectories import Trajectories
@@ -341,6 +342,10 @@ class RunWriter:
         Raises `InputError` unless the values are bit for bit those that were recorded.
         """
         return self._writer.heal(layout, EpochValues(_label(epoch, "epoch"), weights, buffers, {}), self._probe_index)
+
+    def keep_source(self, source: Source) -> None:
+        """Keep which checkpoint a recorded epoch came from, so that it is not read again while it looks the same."""
+        self._writer.keep_source(source)
 
     def require_next(self, epoch: int) -> int:
         """`epoch` as an integer, if it can be recorded next; raises `InputError`."""

@@ -52,6 +52,13 @@ fsync of its name; (4) the shapes grow, last of all in the group's consolidated 
 names of (4) reach the disk with the next epoch or when the writer is closed. The first row writes the array metadata
 with zero epochs before (1), and the group's own ``zarr.json`` after (2). A writer that opens a run rolls forward (4)
 and clears the objects of (1) that no record names. Nothing committed is rewritten or deleted.
+
+**Sources.** Of an epoch that was recorded from a checkpoint, ``epoch/sources/<row, 8 digits>.json`` says from which: a
+JSON object with the label ``epoch``, the ``path`` as it was given, ``size`` in bytes, ``modified_ns`` and ``inode``; in
+``files`` the BLAKE3 hash of the names, sizes, times and inodes of a folder's files, else null; in ``selection`` the
+hash of what was asked for of it; in ``said_epoch`` and ``said_step`` the numbers that it said, or null. It is written
+after the commit, may be replaced, and is advisory: no commit record names it, a reader that does not know it leaves it
+alone, and where it is missing or damaged a checkpoint of the same epoch is compared with the recorded values.
 """
 
 from __future__ import annotations
@@ -92,6 +99,7 @@ IDENTITY = "trajkit_identity"
 """Attribute of the root that names the run; see `trajkit.store.origin`."""
 ASIDE = "epoch/aside"
 LEDGER = "epoch/results"
+SOURCES = "epoch/sources"
 METADATA = "zarr.json"
 
 PROBE_SIZE = 16384

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DamagedRunError, InputError, PathExistsError, RunLockedError
+from ..errors import DamagedRunError, InputError, PathExistsError, RunLockedError, TrajkitError
 from ..layout import ParameterLayout, require_same_layout
 from .archive import committed_documents, place_of, read_all_records
 from .arrays import store, with_rows
@@ -54,6 +55,7 @@ from .root import (
     write_documents,
     write_layout_copies,
 )
+from .sources import Source, source_key
 
 WRITER = "writer"
 """The lock of whoever records, and the owner of its temporary files."""
@@ -232,6 +234,14 @@ class ArchiveWriter:
             move_aside(self._objects, mark_key(record.row), self._writer)
             self._objects.sync_names()
             return tuple(healed)
+
+    def keep_source(self, source: Source) -> None:
+        """Keep what a recorded epoch was recorded from; where that cannot be kept, nothing is lost but a comparison."""
+        with self._one_at_a_time, contextlib.suppress(OSError, TrajkitError):
+            self._require_held()
+            row = bisect_left(self.records, source.epoch, key=lambda record: record.epoch)
+            if row < len(self.records) and self.records[row].epoch == source.epoch:
+                self._objects.replace({source_key(row): source.to_bytes()})
 
     def _is_sound(self, key: str, stored: StoredObject) -> bool:
         try:
