@@ -39,10 +39,19 @@ def number(value: float | None) -> str:
 
 
 def talk(logger: logging.Logger) -> None:
-    """Show what the library has to say, on stderr."""
+    """Show what the library has to say, on stderr, until the command ends."""
+    handler, level = _Talk(), logger.level
     if not logger.handlers:
-        logger.addHandler(_Talk())
+        logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+
+    def end() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.call_on_close(end)
 
 
 class _Talk(logging.Handler):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnknownNameError
+from .naming import NOTHING_SAID, Said
 
 
 class StoredFile:
@@ -148,13 +149,14 @@ class LoadedTensor(StoredTensor):
 class Checkpoint:
     """The tensors of a checkpoint by name, and what it says of itself, None where it does not.
 
-    epoch: that, or else the step or iteration. step: the training's global step.
+    epoch: that, or else the step or iteration. step: the training's global step. said: which of the two it says.
     """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
     epoch: int | None = None
     step: int | None = None
+    said: Said = NOTHING_SAID
 
     def read(self, name: str) -> Tensor:
         """One tensor; raises `UnknownNameError` where there is none of this name."""
