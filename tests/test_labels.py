@@ -444,3 +444,17 @@ def test_what_are_no_files_is_told(given: Any, message: str, tmp_path: Path) -> 
 def test_files_may_be_a_generator_and_name_a_file_twice(files: list[Path], tmp_path: Path) -> None:
     done = import_checkpoints(tmp_path / "run", (file for file in [*files, files[0]]), first_epoch=0)
     assert [item.epoch for item in done] == [0, 1, 2]
+
+
+def test_a_file_whose_epoch_is_given_keeps_its_step(tmp_path: Path) -> None:
+    for epoch in range(3):
+        state = {"w": torch.full((3,), float(epoch))}
+        torch.save({"model": state, "epoch": 7 * epoch, "global_step": 10 * epoch}, tmp_path / f"epoch{epoch}.pt")
+    import_checkpoints(tmp_path / "run", [tmp_path / "epoch0.pt"])
+    with pytest.raises(InputError, match=r"epoch1.pt: is epoch 1 by its name, the file says epoch 7"):
+        import_checkpoints(tmp_path / "run", [tmp_path / "epoch1.pt"])
+    import_checkpoints(tmp_path / "run", [tmp_path / "epoch1.pt"], epochs=1)
+    import_checkpoints(tmp_path / "run", [tmp_path / "epoch2.pt"], label=r"epoch(\d)")
+    steps = open_run(tmp_path / "run").steps
+    assert steps is not None
+    assert steps.tolist() == [0, 10, 20]

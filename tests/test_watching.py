@@ -458,6 +458,24 @@ def test_a_watch_that_begins_again_reads_no_unchanged_file(watch: Any, monkeypat
     assert opened == ["last.pt"]  # from which nothing was recorded
 
 
+def test_a_last_file_heals_the_epoch_that_it_was(watch: Any, tmp_path: Path) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        for epoch in range(3):
+            save(folder / "last.pt", epoch, epoch=epoch)
+            for _ in range(3):
+                yield
+
+    def again(_: Path) -> Iterator[None]:
+        for _ in range(3):
+            yield
+
+    assert watch(script)[1] == [0, 1, 2]
+    (tmp_path / "run/weights/c/2/0").write_bytes(b"damaged")
+    assert repair(tmp_path / "run").bad_epochs == (2,)
+    assert watch(again)[1] == [2]
+    assert verify(tmp_path / "run", "full").sound
+
+
 # --- Torn files
 
 
@@ -520,6 +538,24 @@ def test_a_file_that_fails_its_check_to_the_end_is_told_then(
     assert "'data/0' does not have its CRC" in found.unfinished()[folder / name]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert open_run(folder.parent / "run").epochs.tolist() == [1]
+
+
+def test_a_file_of_a_recorded_epoch_that_cannot_be_read_is_told(
+    folder: Path, watch: Any, torn: set[str], tmp_path: Path
+) -> None:
+    save(folder / "epoch1.safetensors", 1)
+    import_checkpoints(tmp_path / "run", [folder / "epoch1.safetensors"], fsync=False)
+    save(folder / "epoch1.safetensors", 1)
+    torn.add("epoch1.safetensors")
+
+    def script(_: Path) -> Iterator[None]:
+        for _ in range(4):
+            yield
+
+    found, recorded = watch(script)
+    assert recorded == []
+    assert found.unrecorded == {}
+    assert list(found.unfinished()) == [folder / "epoch1.safetensors"]
 
 
 # --- The command

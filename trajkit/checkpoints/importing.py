@@ -49,11 +49,12 @@ class Imported:
         return self.new or self.healed
 
     def __str__(self) -> str:
-        state = ""
-        if not self.new:
-            state = (
-                ", heals it" if self.healed else ", is damaged beyond healing" if self.lost else ", recorded already"
-            )
+        if self.new:
+            state = ""
+        elif self.healed:
+            state = ", heals it"
+        else:
+            state = ", is damaged beyond healing" if self.lost else ", recorded already"
         return f"epoch {self.epoch}: {self.path}{HOW[self.by]}{state}"
 
 
@@ -78,7 +79,7 @@ def import_checkpoints(
     order of their names and folders.
 
     An epoch that is recorded already has to have the same values in the file; one that is marked as bad is healed. The
-    global step that a file says is recorded too, unless the run began without one, or epochs are given.
+    global step that a file says is recorded too, unless the run began without one, or the files are numbered.
 
     progress: called after each file. select: which of the tensors are recorded. dry_run: write nothing, and return what
     would become of each file. What becomes of each file is logged before anything is written.
@@ -98,12 +99,13 @@ def import_checkpoints(
             recorded = RecordedEpochs(run, select)
         plan = _planned(found, recorded, select, progress)
         epochs_after = recorded.epochs | {item.epoch for item in plan.items}
-        importer = Importer(writer, select, recorded, steps=asked is None, planned=len(epochs_after))
+        importer = Importer(writer, select, recorded, steps=first_epoch is None, planned=len(epochs_after))
         for item, look, said in plan.compared:
             importer.keep(item, look, said)
         for item in plan.items:
             if item.writes:
-                importer.record(item)
+                look = look_at(item.path)
+                importer.record(item, open_checkpoint(item.path, select.key), look)
                 if progress is not None:
                     progress(item)
     return plan.items
@@ -123,10 +125,8 @@ class Importer:
         self._steps, self._planned = steps, planned
         self._has_begun = False
 
-    def record(self, item: Imported, checkpoint: Checkpoint | None = None) -> None:
-        """Record a checkpoint, or heal its epoch with it. checkpoint: the one at the path, where it is open already."""
-        look = look_at(item.path)
-        checkpoint = checkpoint or open_checkpoint(item.path, self.select.key)
+    def record(self, item: Imported, checkpoint: Checkpoint, look: Look | None) -> None:
+        """Record a checkpoint, or heal its epoch with it. look: the one that it had before it was opened."""
         with placed(str(item.path)):
             self._record(item, checkpoint)
         self.recorded.add(item.epoch)

@@ -130,9 +130,11 @@ class Watch:
         }
 
     def _is_missing(self, item: _Candidate) -> bool:
-        """Whether it is a checkpoint, as far as one knows, of an epoch that is not recorded, nor told about."""
+        """Whether it is a checkpoint, as far as one knows, that is neither recorded nor told about."""
         if item.done or (item.copy and item.problem is None):
             return False
+        if item.evidence is not None and not item.whole:  # it could be opened, and not be read
+            return True
         epoch = self._epoch(item)
         return item.copy if epoch is None else epoch not in self._recorded
 
@@ -223,7 +225,7 @@ class Watch:
         """Record, heal or compare a checkpoint; None where that could not be done, or it is a copy."""
         checkpoint = item.checkpoint
         item.done, item.checkpoint = True, None
-        if label is None or (item.copy and label.epoch in self._recorded):
+        if label is None or (item.copy and importer.recorded.is_sound(label.epoch)):
             return None
         if label.epoch not in self._recorded and label.epoch < max(self._recorded, default=label.epoch):
             self._tell_late(item, label.epoch)
@@ -239,11 +241,12 @@ class Watch:
 
     def _import(self, importer: Importer, item: _Candidate, label: Label, checkpoint: Checkpoint | None) -> Imported:
         done, recorded = state_of(item.path, label, importer.recorded), importer.recorded
-        if done.writes:
-            importer.record(done, checkpoint)
-        elif not done.lost and not recorded.is_unchanged(done.epoch, item.look):
-            opened = checkpoint or open_checkpoint(item.path, self.select.key)
-            importer.keep(done, item.look, require_same(done, opened, recorded, self.select))
+        if done.writes or not (done.lost or recorded.is_unchanged(done.epoch, item.look)):
+            checkpoint = checkpoint or open_checkpoint(item.path, self.select.key)
+            if done.writes:
+                importer.record(done, checkpoint, item.look)
+            else:
+                importer.keep(done, item.look, require_same(done, checkpoint, recorded, self.select))
         return done
 
     def _fail(self, item: _Candidate, error: InputError) -> None:
