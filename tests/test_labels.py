@@ -233,6 +233,16 @@ def test_a_file_that_says_the_next_epoch_is_called_by_its_name_and_that_is_told_
     }
 
 
+def test_a_best_file_that_comes_later_is_called_as_the_recorded_ones(tmp_path: Path) -> None:
+    for epoch in range(3):
+        content = {"epoch": epoch + 1, "state_dict": {"w": torch.full((3,), float(epoch))}}
+        torch.save(content, tmp_path / f"checkpoint_{epoch}.pth.tar")
+    import_checkpoints(tmp_path / "run", sorted(tmp_path.glob("*.tar")))
+    (tmp_path / "checkpoint_1.pth.tar").rename(tmp_path / "model_best.pth.tar")
+    (item,) = import_checkpoints(tmp_path / "run", [tmp_path / "model_best.pth.tar"])
+    assert (item.epoch, item.new) == (1, False)
+
+
 # --- Several files
 
 

@@ -26,7 +26,7 @@ class RecordedEpochs:
     """The epochs of a run, none where there is no run yet, and the checkpoints that they were recorded from.
 
     epochs: the recorded labels. healable: those that are marked as damaged and can be put right. lost: those whose
-    commit record is lost.
+    commit record is lost. next_epoch: whether all checkpoints that say an epoch say the one after their label.
     """
 
     def __init__(self, run: PathLike, select: Selection) -> None:
@@ -42,6 +42,8 @@ class RecordedEpochs:
         self.healable = {mark.epoch for mark in marks.values() if mark.layout is None}
         self.lost = {record.epoch for record in records if isinstance(record, LostRecord)}
         sources = read_sources(self._run.archive.objects, [r.epoch for r in records]) if self._run is not None else {}
+        said = [source.said_epoch - epoch for epoch, source in sources.items() if source.said_epoch is not None]
+        self.next_epoch = bool(said) and set(said) == {1}
         self._sources = {epoch: source for epoch, source in sources.items() if source.selection == self._selection}
         self._said = {source.look: Said(source.said_epoch, source.said_step) for source in self._sources.values()}
 

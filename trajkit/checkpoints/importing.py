@@ -196,7 +196,7 @@ def _labelled(
         except InputError as error:
             problems.append(error)
     if asked is None:
-        found = label_all(files)
+        found = label_all(files, recorded.next_epoch)
     else:
         opened = {file.path for file in files}
         found = Labelled({path: label for path, label in asked.items() if path in opened})

@@ -14,7 +14,7 @@ the epoch after the one in its name was saved with the number of the next one: t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -125,13 +125,16 @@ class Numbering:
     next_epoch: bool = False
 
     @classmethod
-    def of(cls, files: Sequence[Evidence]) -> Numbering:
+    def of(cls, files: Sequence[Evidence], next_epoch: bool = False) -> Numbering:
         """Return the numbering of files that all have a number; best and last files decide only without others.
+
+        next_epoch: whether those that were recorded before say the next epoch, where none of these shows it.
 
         Raises `InputError` naming two files that are numbered by different things.
         """
         deciding = [file for file in files if not file.copy] or list(files)
-        next_epoch = _say_the_next(deciding)
+        pairs = [pair for file in deciding if (pair := file.number_and_said()) is not None]
+        next_epoch = all(said == number + 1 for number, said in pairs) if pairs else next_epoch
         found = {file.kind: file for file in reversed(deciding)}
         kinds = set(found)
         if kinds == {"number"}:
@@ -219,8 +222,8 @@ class Labelled:
     problems: list[InputError] = field(default_factory=list)
 
 
-def label_all(files: Sequence[Evidence]) -> Labelled:
-    """Return the labels of files by the rule."""
+def label_all(files: Sequence[Evidence], next_epoch: bool = False) -> Labelled:
+    """Return the labels of files by the rule; next_epoch: whether those that were recorded before say the next one."""
     found = Labelled()
     files = _told_by_folders(files)
     without = [file for file in files if file.kind is None]
@@ -229,7 +232,7 @@ def label_all(files: Sequence[Evidence]) -> Labelled:
     if not numbered:
         return found
     try:
-        numbering = Numbering.of(numbered)
+        numbering = Numbering.of(numbered, next_epoch)
     except InputError as error:
         found.problems.append(error)
         return found
@@ -310,12 +313,6 @@ def _counted(named: Path, copy: bool) -> dict[Kind, tuple[int, ...]]:
         return both
     # A folder of many is called after the whole training: bert-epoch100/best.pt
     return own if own or copy else above
-
-
-def _say_the_next(files: Iterable[Evidence]) -> bool:
-    """Whether all files whose names have a number that may be an epoch, and that say an epoch, say the one after it."""
-    pairs = [pair for file in files if (pair := file.number_and_said()) is not None]
-    return bool(pairs) and all(said == number + 1 for number, said in pairs)
 
 
 def _meant(files: Sequence[Evidence]) -> Kind:

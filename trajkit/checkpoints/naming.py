@@ -31,6 +31,7 @@ from .words import (
 HIDDEN = "\0"
 """Stands in a name for what no label is taken from."""
 SEPARATOR = rf"(?:[^\w{HIDDEN}]|_)"
+"""Pattern of a character between words and numbers."""
 
 AFTER_TIME = {
     kind: re.compile(
@@ -39,14 +40,18 @@ AFTER_TIME = {
     )
     for kind, words in TIME_WORDS.items()
 }
+"""Patterns of a word of time and its number, by what that counts."""
 TOTAL = re.compile(rf"(?<!{LETTERS})(?:{SETTINGS}){SEPARATOR}?$")
+"""End of the text before a word of time whose number is a setting."""
 SHARD = re.compile(rf"{SEPARATOR}*of{SEPARATOR}*\d")
 """After the number of a file among several that make up one checkpoint: ``00001-of-00004``."""
 PART = re.compile(rf"\d+{SEPARATOR}*of{SEPARATOR}*\d+")
+"""The same with its number."""
 TOKEN = re.compile(rf"(?P<letters>{LETTERS}+)|(?P<digits>[0-9]+)|(?P<hidden>{HIDDEN}+)|(?P<separator>.)", re.DOTALL)
 MOST_DIGITS = 18
 """Digits of a label, which has 64 bits."""
 
+# What is hidden in a name before labels are looked for.
 HASH = re.compile(r"(?<![^\W_])(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{7,64}(?![^\W_])")
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 POWER = re.compile(r"\d+(?:\.\d+)?e[-+]?\d+(?![^\W_])")
@@ -57,7 +62,9 @@ DATE = re.compile(
     r"(?:[-_t +](?:[01]\d|2[0-3])(?P<colon>[-_:.h]?)[0-5]\d(?:(?P=colon)[0-5]\d(?:[-+]\d\d)?)?(?!\d))?"
 )
 BEFORE_DATE = re.compile(rf"(epoch|step|iter|iteration){SEPARATOR}?$")
+"""End of the text before a number that is no date, however much it looks like one."""
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)*")
+"""A number with its sign, whatever it is; the form of a name has # for it."""
 
 # What libraries call the files in a checkpoint folder: the folder's name is what tells checkpoints apart.
 FIXED_NAME = re.compile(
@@ -65,6 +72,7 @@ FIXED_NAME = re.compile(
     r"|mp_rank_\d+(_\d+)*(_model_states\.pt)?|model_optim_rng\.pt|consolidated\.\d+\.pth|pytorch_model_fsdp_\d+"
     r"|model_world_size_\d+_rank_\d+\.pt"
 )
+# What is no part of the form of a name.
 SUFFIXES = re.compile(r"(\.(pt|pth|ckpt|chkpt|bin|safetensors|pkl|tar|zip|h5|hdf5|model|weights))+$")
 
 # What trainers say of themselves beside the weights. Only the global step is sure to rise from file to file.

@@ -16,11 +16,11 @@ class Series:
     """Labels by the rule of `trajkit.checkpoints.labels`; the first checkpoint with a number decides what all count.
 
     A number that stands by itself follows the form of the first name. Best and last files decide nothing. With a
-    `pattern`, its group 1 is the number.
+    `pattern`, its group 1 is the number. next_epoch: whether those that were recorded before say the next epoch.
     """
 
-    def __init__(self, pattern: re.Pattern[str] | None = None) -> None:
-        self._pattern = pattern
+    def __init__(self, pattern: re.Pattern[str] | None = None, next_epoch: bool = False) -> None:
+        self._pattern, self._next_epoch = pattern, next_epoch
         self._numbering: Numbering | None = None
         self._first: Path | None = None
         self._knows_next = self._told_next = False
@@ -65,7 +65,7 @@ class Series:
     def _numbering_with(self, file: Evidence) -> Numbering:
         """Return the numbering of all, which this checkpoint decides if none has before."""
         if self._numbering is None:
-            numbering = Numbering.of([file])
+            numbering = Numbering.of([file], self._next_epoch)
             if file.copy:
                 return numbering
             self._numbering, self._first = numbering, file.path

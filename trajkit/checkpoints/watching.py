@@ -107,9 +107,10 @@ class Watch:
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder, expected one to watch; make it, or check the name")
         _require_pattern(self.pattern)
-        self._series = Series(require_pattern(self.label))
+        pattern = require_pattern(self.label)
         with RunWriter(self.run, fsync=self.fsync, nonfinite=self.nonfinite) as writer:
             importer = Importer(writer, self.select, RecordedEpochs(self.run, self.select))
+            self._series = Series(pattern, importer.recorded.next_epoch)
             self._recorded, self._changed = writer.epochs, time.monotonic()
             self._reached = self.until is not None and self.until <= max(self._recorded, default=self.until - 1)
             while not self._reached:
