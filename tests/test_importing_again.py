@@ -386,7 +386,7 @@ def test_which_file_becomes_which_epoch_is_told_before_anything_is_written(tmp_p
     files = sorted(tmp_path.glob("*.pt"))
     result = invoke("record", tmp_path / "run", *files, code=1)
     lines = result.stderr.splitlines()
-    assert lines[:2] == [f"epoch {epoch}: {tmp_path}/model_{epoch}.pt, the number in its name" for epoch in (4, 5)]
+    assert lines[:2] == [f"epoch {epoch}: {tmp_path}/model_{epoch}.pt, by the number in its name" for epoch in (4, 5)]
     assert "'w' has nan" in lines[-1]
     quiet = invoke("record", tmp_path / "quiet", files[0], "-q")
     assert (quiet.stderr, quiet.stdout) == ("", f"{tmp_path / 'quiet'}: 1 epochs recorded\n")

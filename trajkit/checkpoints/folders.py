@@ -119,8 +119,8 @@ def _dated(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         return checkpoint
     if step is None:
         return checkpoint
-    said = replace(checkpoint.said, step=said_in({GLOBAL_STEP: step}).step)
-    return replace(checkpoint, epoch=step if checkpoint.epoch is None else checkpoint.epoch, step=step, said=said)
+    own = replace(checkpoint.own, step=said_in({GLOBAL_STEP: step}).step)
+    return replace(checkpoint, epoch=step if checkpoint.epoch is None else checkpoint.epoch, step=step, own=own)
 
 
 def _hint(folder: Path) -> str:

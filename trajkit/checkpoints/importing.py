@@ -23,7 +23,12 @@ from .streaming import StreamedWeights, read_buffers
 
 logger = logging.getLogger("trajkit")
 
-HOW: Mapping[By, str] = {"name": "", "given": "", "content": ", as it says", "number": ", the number in its name"}
+HOW: Mapping[By, str] = {
+    "name": "",
+    "given": "",
+    "content": ", by what it says",
+    "number": ", by the number in its name",
+}
 
 
 @dataclass(frozen=True)

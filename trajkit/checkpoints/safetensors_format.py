@@ -51,8 +51,8 @@ def open_safetensors(file: StoredFile) -> Checkpoint:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file.path}: damaged safetensors file ({error}); write it again") from error
-    said = said_in(metadata)
-    return Checkpoint(file.path, tensors, number_in(metadata, *EPOCH), number_in(metadata, GLOBAL_STEP), said)
+    own = said_in(metadata)
+    return Checkpoint(file.path, tensors, number_in(metadata, *EPOCH), number_in(metadata, GLOBAL_STEP), own)
 
 
 def _tensors(file: StoredFile, header: dict[str, Any], begin: int) -> dict[str, PlainTensor]:
