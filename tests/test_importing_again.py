@@ -20,6 +20,7 @@ from torch import nn
 
 from trajkit import Recorder, RunWriter, import_checkpoints, open_run, repair, verify
 from trajkit.checkpoints import comparing, importing
+from trajkit.checkpoints.selecting import Selection
 from trajkit.errors import InputError, LayoutError, RunLockedError
 from trajkit.store.sources import read_sources
 
@@ -121,8 +122,6 @@ def test_nan_is_equal_to_itself_and_minus_zero_is_not_zero(tmp_path: Path) -> No
 
 
 def test_what_is_selected_of_a_file_is_compared(tmp_path: Path) -> None:
-    from trajkit.checkpoints.selecting import Selection
-
     torch.save({"model": {"w": torch.ones(3)}, "ema": {"w": torch.zeros(3)}}, tmp_path / "epoch0.pt")
     model, ema = Selection(key="model"), Selection(key="ema")
     import_checkpoints(tmp_path / "run", [tmp_path / "epoch0.pt"], select=model)

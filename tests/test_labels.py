@@ -11,7 +11,7 @@ import torch
 
 from trajkit import import_checkpoints, open_run
 from trajkit.checkpoints.labels import Evidence, label_all
-from trajkit.checkpoints.naming import NOTHING_SAID, natural
+from trajkit.checkpoints.naming import NOTHING_SAID, Said, natural
 from trajkit.errors import InputError
 
 # What is named, and the epoch that it is by its name alone, None where it is refused. The names are those that
@@ -138,8 +138,6 @@ NAMES: dict[str, int | None] = {
 
 
 def evidence(path: str, **said: int) -> Evidence:
-    from trajkit.checkpoints.naming import Said
-
     return Evidence.of(Path(path), Path("/checkpoints") / path, Said(**said) if said else NOTHING_SAID)
 
 

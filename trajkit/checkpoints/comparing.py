@@ -57,11 +57,11 @@ class RecordedEpochs:
         return None if look is None else self._said.get(look)
 
     def is_sound(self, epoch: int) -> bool:
-        """Whether an epoch is recorded, and not marked as damaged."""
+        """Return whether an epoch is recorded, and not marked as damaged."""
         return epoch in self.epochs and epoch not in self.healable and epoch not in self.lost
 
     def is_unchanged(self, epoch: int, look: Look | None) -> bool:
-        """Whether an epoch was recorded from a checkpoint that had this look, and is sound."""
+        """Return whether an epoch was recorded from a checkpoint that had this look, and is sound."""
         source = self._sources.get(epoch)
         return source is not None and source.look == look and self.is_sound(epoch)
 

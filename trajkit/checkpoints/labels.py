@@ -103,11 +103,11 @@ class Evidence:
         return (numbers[0], self.said.epoch) if numbers and self.said.epoch is not None else None
 
     def says_next(self, number: int) -> bool:
-        """Whether the file says the epoch after a number."""
+        """Return whether the file says the epoch after a number."""
         return self.said.epoch == number + 1
 
     def agrees(self, number: int, kind: Literal["epoch", "step"]) -> bool:
-        """Whether the file says this number of a kind, or the next one."""
+        """Return whether the file says this number of a kind, or the next one."""
         return getattr(self.said, kind) in (number, number + 1)
 
 

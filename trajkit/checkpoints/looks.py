@@ -36,7 +36,7 @@ def look_at(path: Path) -> Look | None:
 
 
 def may_change_unseen(look: Look) -> bool:
-    """Whether a change right now would not show: the time of the last one is the present one, in whole seconds."""
+    """Return whether a change right now would not show, since the time of the last one is now, in whole seconds."""
     return look.modified_ns % COARSE_NS == 0 and abs(time.time_ns() - look.modified_ns) < 3 * COARSE_NS
 
 

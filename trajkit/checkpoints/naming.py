@@ -118,7 +118,7 @@ def counted_in(name: str, folder: bool = False) -> dict[Kind, tuple[int, ...]]:
 
 
 def names_a_time_alone(name: str) -> bool:
-    """Whether a name is a word of time and its number, and nothing else, such as ``epoch_3`` or ``global_step1000``."""
+    """Return whether a name is a word of time and its number, and nothing else, such as ``epoch_3``."""
     text = _hidden(name)
     return any(_is_all(text, list(_after_time(text, kind))) for kind in TIME_WORDS)
 
@@ -130,7 +130,7 @@ def bare_in(name: str) -> Bare:
 
 
 def is_copy(name: str) -> bool:
-    """Whether a name says best, last or the like: such a file is a copy where others have numbers."""
+    """Return whether a name says best, last or the like: such a file is a copy where others have numbers."""
     return COPY_WORDS.search(name.lower()) is not None
 
 
@@ -236,7 +236,7 @@ def _word(tokens: list[re.Match[str]], position: int, step: int) -> str:
 
 
 def _may_be_hash(digits: str) -> bool:
-    """Whether digits may be an abbreviated hash that happens to have no letter: long, not padded and not round."""
+    """Return whether digits may be an abbreviated hash without a letter: long, not padded and not round."""
     return len(digits) > 6 and not digits.startswith("0") and not digits.endswith("00")
 
 

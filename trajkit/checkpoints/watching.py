@@ -131,7 +131,7 @@ class Watch:
         }
 
     def _is_missing(self, item: _Candidate) -> bool:
-        """Whether it is a checkpoint, as far as one knows, that is neither recorded nor told about."""
+        """Return whether it is a checkpoint, as far as one knows, that is neither recorded nor told about."""
         if item.done or (item.copy and item.problem is None):
             return False
         if item.evidence is not None and not item.whole:  # it could be opened, and not be read
@@ -218,7 +218,7 @@ class Watch:
                 return
 
     def _is_worth_waiting(self, epoch: int, item: _Candidate, patience_s: float) -> bool:
-        """Whether a checkpoint that is not whole holds up those after it: not one that comes too late, nor a copy."""
+        """Return whether a checkpoint that is not whole holds up those after it; a late one or a copy does not."""
         is_next = not item.copy and epoch > max(self._recorded, default=epoch - 1)
         return is_next and time.monotonic() - item.since < patience_s
 
