@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trajkit import ParameterLayout
 from trajkit.errors import LayoutError, UnknownNameError
-from trajkit.layout import STORED_DTYPE, TensorEntry, require_same_layout
+from trajkit.layout import STORED_DTYPE, TensorEntry, require_floating, require_same_layout, stub_warning
 
 
 def weight(name: str, *shape: int, dtype: str = "float32", **more: object) -> TensorEntry:
@@ -62,6 +62,7 @@ def test_weights_beyond_two_to_the_31_have_their_places() -> None:
         ([weight("a", 1, aliases=("b",)), weight("b", 1)], "'b' appears twice"),
         ([weight("z", 1, dtype="complex64")], "'z' is complex64, a weight can be recorded as float16, bfloat16"),
         ([weight("z", 1, dtype="int64")], "'z' is int64, a weight"),
+        ([weight("a", 0), weight("b", 0)], r"all of them have shape \(0,\), as DeepSpeed's ZeRO-3 .*zero_to_fp32.py"),
     ],
 )
 def test_a_layout_that_cannot_be_recorded_is_refused(entries: list[TensorEntry], message: str) -> None:
@@ -77,6 +78,11 @@ def test_a_layout_that_cannot_be_recorded_is_refused(entries: list[TensorEntry],
         ([weight("a", 2, 4), weight("b", 5)], r"epoch 4: 'a' has shape \(2, 4\), the run has \(2, 3\)"),
         ([weight("a", 2, 3, dtype="float16"), weight("b", 5)], "'a' has dtype float16, the run has float32"),
         ([weight("b", 5), weight("a", 2, 3)], "in another order"),
+        (
+            [weight("x", 2, 3), weight("y", 5), weight("z", 1), weight("a", 2, 3)],
+            "epoch 4: 'b' is missing, the run has it, and 'x' is new, the run does not have it"
+            r" \(3 are: also 'y', 'z'\); record into a new run",
+        ),
         ([weight("a", 2, 3, aliases=("b",))], r"'a' has names \['a', 'b'\], the run has \['a'\]"),
     ],
 )
@@ -84,6 +90,38 @@ def test_a_changed_model_names_the_tensor_and_the_cure(changed: list[TensorEntry
     run = ParameterLayout.of([weight("a", 2, 3), weight("b", 5)])
     with pytest.raises(LayoutError, match=message):
         require_same_layout(ParameterLayout.of(changed), run, "epoch 4")
+
+
+def test_a_layout_of_other_names_tells_some_of_both_and_how_many_there_are() -> None:
+    run = ParameterLayout.of(weight(f"run{number}", 1) for number in range(7))
+    with pytest.raises(LayoutError) as raised:
+        require_same_layout(ParameterLayout.of(weight(f"file{number}", 1) for number in range(2)), run, "here")
+    assert str(raised.value) == (
+        "here: 'run0' is missing, the run has it (7 are: also 'run1', 'run2', 'run3' and 3 more), and"
+        " 'file0' is new, the run does not have it (2 are: also 'file1'); record into a new run"
+    )
+
+
+def test_stubs_are_trainable_weights_of_shape_0_beside_others_with_values() -> None:
+    layout = ParameterLayout.of(
+        [
+            weight("matrix", 0),
+            weight("bias", 4),
+            weight("frozen", 0, trainable=False),
+            weight("no rows", 0, 3),
+            buffer("observed", 0),
+        ]
+    )
+    assert layout.stubs == ("matrix",)
+    assert str(stub_warning(layout)).startswith("'matrix' has shape (0,), as DeepSpeed's ZeRO-3 leaves parameters")
+    assert stub_warning(ParameterLayout.of([weight("matrix", 3)])) is None
+
+
+def test_parameters_of_which_none_is_floating_are_refused_with_their_dtype() -> None:
+    require_floating([])
+    require_floating([weight("a", 1, dtype="int8"), weight("b", 1, dtype="bfloat16")])
+    with pytest.raises(LayoutError, match=r"no weights: 'a' is int8, .*; record the model before it is quantised"):
+        require_floating([weight("a", 1, dtype="int8"), weight("b", 1, dtype="int64")])
 
 
 def test_freezing_a_layer_changes_no_layout() -> None:

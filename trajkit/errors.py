@@ -5,7 +5,7 @@ A message says where, what was expected, what was found and the cure, in one lin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 
@@ -59,6 +59,12 @@ class MemoryBudgetError(TrajkitError, MemoryError):
 
 class ClusterError(TrajkitError, RuntimeError):
     """The workers of a cluster could not be reached, or died at the work."""
+
+
+def listed(names: Collection[str], most: int = 4) -> str:
+    """Return names as a message lists them: quoted, and those beyond the first `most` counted."""
+    shown = ", ".join(f"'{name}'" for name in list(names)[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 @contextmanager

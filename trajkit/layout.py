@@ -8,7 +8,7 @@ its other names as aliases.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .digest import canonical_json, digest
 from .documents import require_fields, require_kind, shown
-from .errors import LayoutError, UnknownNameError
+from .errors import LayoutError, UnknownNameError, listed
 
 Kind = Literal["weight", "buffer"]
 
@@ -44,6 +44,13 @@ MOST_DIMENSIONS = 64
 MOST_VALUES = 2**48
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 ITEMSIZE: Mapping[str, int] = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name in STORED_DTYPE}
+
+STUB = (0,)
+"""Shape of a parameter whose values ZeRO-3 keeps elsewhere."""
+
+CONSOLIDATE = (
+    "record what DeepSpeed's zero_to_fp32.py, or stage3_gather_16bit_weights_on_model_save, writes with all values"
+)
 
 STORED_FIELDS: Mapping[str, type] = {
     "name": str,
@@ -127,7 +134,7 @@ class ParameterLayout:
             ends[placed.vector] = placed.stop
             entries.append(placed)
         if ends.get("weights", 0) == 0:
-            raise LayoutError("the model has no weights, expected at least one parameter; nothing to record")
+            raise LayoutError(_without_weights(entries))
         return cls(tuple(entries))
 
     @cached_property
@@ -139,6 +146,15 @@ class ParameterLayout:
     def buffers(self) -> tuple[TensorEntry, ...]:
         """The other tensors, in the model's order."""
         return tuple(entry for entry in self.tensors if entry.kind == "buffer")
+
+    @cached_property
+    def stubs(self) -> tuple[str, ...]:
+        """Names of the trainable weights of shape (0,), beside others that have values.
+
+        DeepSpeed's ZeRO-3 leaves such stubs in a model, and in its state dict, for parameters that are spread over
+        processes: their values are elsewhere.
+        """
+        return tuple(entry.name for entry in self.weights if entry.trainable and entry.shape == STUB)
 
     @cached_property
     def n_weights(self) -> int:
@@ -221,18 +237,25 @@ class ParameterLayout:
         return digest(canonical_json(identity))
 
 
+def stub_warning(layout: ParameterLayout) -> str | None:
+    """Return one line on the stubs of a layout, see `ParameterLayout.stubs`; None where it has none."""
+    if not layout.stubs:
+        return None
+    has = "has" if len(layout.stubs) == 1 else "have"
+    return (
+        f"{listed(layout.stubs)} {has} shape (0,), as DeepSpeed's ZeRO-3 leaves parameters whose values are elsewhere:"
+        f" these weights are not recorded; {CONSOLIDATE}"
+    )
+
+
 def require_same_layout(found: ParameterLayout, expected: ParameterLayout, where: str) -> None:
-    """Raise `LayoutError` naming the first tensor of `found` that differs from the run's `expected` layout."""
+    """Raise `LayoutError` naming tensors of `found` that differ from the run's `expected` layout."""
     if found == expected:
         return
     cure = "record into a new run"
-    for name in expected.names():
-        if name not in found:
-            raise LayoutError(f"{where}: '{name}' is missing, the run has it; {cure}")
+    if differ := differing_names(found.names(), expected):
+        raise LayoutError(f"{where}: {differ}; {cure}")
     for entry in found.tensors:
-        for name in entry.names:
-            if name not in expected:
-                raise LayoutError(f"{where}: '{name}' is new, the run does not have it; {cure}")
         there = expected[entry.name]
         for what, mine, theirs in (
             ("shape", entry.shape, there.shape),
@@ -244,6 +267,43 @@ def require_same_layout(found: ParameterLayout, expected: ParameterLayout, where
                 raise LayoutError(f"{where}: '{entry.name}' has {what} {mine}, the run has {theirs}; {cure}")
     first = next(mine.name for mine, theirs in zip(found.tensors, expected.tensors, strict=True) if mine != theirs)
     raise LayoutError(f"{where}: the tensors are in another order than in the run, from '{first}' on; {cure}")
+
+
+def differing_names(found: Iterable[str], expected: ParameterLayout) -> str:
+    """Return what is missing and what is new among names of tensors, as a message says it; "" where nothing is."""
+    here = dict.fromkeys(found)
+    missing = [name for name in expected.names() if name not in here]
+    new = [name for name in here if name not in expected]
+    said = []
+    if missing:
+        said.append(f"'{missing[0]}' is missing, the run has it{_and_others(missing)}")
+    if new:
+        said.append(f"'{new[0]}' is new, the run does not have it{_and_others(new)}")
+    return ", and ".join(said)
+
+
+def _and_others(names: list[str]) -> str:
+    return f" ({len(names)} are: also {listed(names[1:], 3)})" if len(names) > 1 else ""
+
+
+def require_floating(parameters: Collection[TensorEntry]) -> None:
+    """Raise `LayoutError` where there are parameters and none is of a floating dtype: training changes none of them."""
+    if parameters and not any(entry.dtype in FLOATING for entry in parameters):
+        first = next(iter(parameters))
+        raise LayoutError(
+            f"the model has no weights: '{first.name}' is {first.dtype}, and no parameter is of a floating dtype;"
+            " record the model before it is quantised, or a dequantised copy"
+        )
+
+
+def _without_weights(entries: list[TensorEntry]) -> str:
+    """Return the message on a model whose weights have no values."""
+    if any(entry.kind == "weight" and entry.shape == STUB for entry in entries):
+        return (
+            "the model has no weights: all of them have shape (0,), as DeepSpeed's ZeRO-3 leaves parameters whose"
+            f" values are elsewhere; {CONSOLIDATE}"
+        )
+    return "the model has no weights, expected at least one parameter; nothing to record"
 
 
 def _entry(item: Mapping[str, Any]) -> TensorEntry:
