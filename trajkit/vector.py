@@ -17,6 +17,12 @@ from .layout import ParameterLayout, TensorEntry
 # How BatchNorm's statistics are told from weights in a checkpoint file, which does not say what is a parameter.
 BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
+# Parts of names that wrappers add: DataParallel and its kin, torch.compile, activation checkpointing, FSDP and Opacus.
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_module")
+
+EXTRA_STATE = "_extra_state"
+"""Last part of the name under which a state dict holds what `torch.nn.Module.get_extra_state` gives."""
+
 SPREAD = "is a DTensor, spread over processes; gather it with full_tensor()"
 
 Vectors = tuple[NDArray[np.float32], dict[str, NDArray[Any]]]

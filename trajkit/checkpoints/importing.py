@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError, placed
+from ..layout import stub_warning
 from ..run import NonFinite, PathLike, RunWriter
 from ..store.sources import Look
 from .asked import Epochs, asked_labels, require_paths, require_pattern
@@ -129,6 +130,7 @@ class Importer:
         self.writer, self.select, self.recorded = writer, select, recorded
         self._steps, self._planned = steps, planned
         self._has_begun = False
+        self._said: set[str] = set()
 
     def record(self, item: Imported, checkpoint: Checkpoint, look: Look | None) -> None:
         """Record a checkpoint, or heal its epoch with it. look: the one that it had before it was opened."""
@@ -146,6 +148,7 @@ class Importer:
         writer = self.writer
         with placed(f"{writer.path}: epoch {item.epoch}"):
             arranged = arrange(checkpoint, self.select, writer.layout)
+            self._say(item.path, arranged)
             buffers = read_buffers(arranged)
         weights = StreamedWeights(arranged)
         if item.healed:
@@ -154,6 +157,14 @@ class Importer:
         step = checkpoint.step if self._steps and (writer.has_steps or not writer.epochs) else None
         self._announce(arranged, step)
         writer.append(arranged.layout, item.epoch, weights, buffers, step=step)
+
+    def _say(self, path: Path, arranged: Arranged) -> None:
+        """Say what was done to names of the first checkpoint of each kind, and which weights have no values."""
+        warning = stub_warning(arranged.layout)
+        for level, said in [(logging.INFO, remark) for remark in arranged.remarks] + [(logging.WARNING, warning)]:
+            if said is not None and said not in self._said:
+                self._said.add(said)
+                logger.log(level, "%s: %s", path, said)
 
     def _announce(self, arranged: Arranged, step: int | None) -> None:
         """Log what will be recorded, before the first checkpoint is."""
