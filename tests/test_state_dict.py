@@ -94,14 +94,13 @@ def test_no_warning_of_what_is_excluded() -> None:
     RecordedModel(hooked(without_head)(), exclude="head.*")
 
 
-def test_a_name_that_the_state_dict_gives_to_another_tensor_is_refused() -> None:
+def test_a_name_that_the_state_dict_gives_to_another_tensor_is_refused_unless_it_is_excluded() -> None:
     def change(state: dict[str, Any]) -> None:
         state["head.bias"] = state.pop("body.0.bias")
 
-    with pytest.raises(
-        LayoutError, match=r"'head.bias' is a parameter that is trained, the model's state_dict gives an"
-    ):
+    with pytest.raises(LayoutError, match=r"not give 'head.bias', trained .* other tensors under their names; rename"):
         RecordedModel(hooked(change)())
+    assert "head.bias" not in RecordedModel(hooked(change)(), exclude="head.bias").tensors()
 
 
 def test_a_state_dict_of_somebodys_own_needs_no_options(tmp_path: Path) -> None:
@@ -220,15 +219,17 @@ def test_other_values_are_no_matter_of_online_cmd() -> None:
     [
         (
             {"w": torch.ones(2)},
-            "found a dict; pass the model itself; state dicts in files are recorded by import_check",
+            "found dict; pass the model itself; state dicts in files are recorded by import_check",
         ),
         (None, "found None; pass the model that is trained"),
-        ([torch.ones(2)], "found a list; pass the model itself, not its parameters or what trains it"),
+        ([torch.ones(2)], "found list; pass the model itself, not its parameters or what trains it"),
+        ([nn.Linear(2, 2)], "found list; pass one of the models, or all in a torch.nn.ModuleDict"),
+        ({"net": nn.Linear(2, 2)}, "found dict; pass one of the models, or all in a torch.nn.ModuleDict"),
         (nn.Linear, "found the class Linear; pass an instance of it"),
-        ("model.pt", "found a str; pass the model itself"),
-        (nn.Linear(2, 2).parameters(), "found a generator; pass the model itself, not its parameters"),
+        ("model.pt", "found str; pass the model itself"),
+        (nn.Linear(2, 2).parameters(), "found generator; pass the model itself, not its parameters"),
     ],
-    ids=["a dict", "None", "a list", "a class", "a path", "parameters"],
+    ids=["a dict", "None", "a list", "a list of models", "a dict of models", "a class", "a path", "parameters"],
 )
 def test_what_is_no_model_is_refused_in_a_sentence(given: Any, message: str, tmp_path: Path) -> None:
     cmd = OnlineCMD(nn.Linear(2, 2))

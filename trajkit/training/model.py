@@ -14,7 +14,7 @@ from ..errors import InputError, LayoutError, listed
 from ..layout import ParameterLayout, stub_warning
 from ..vector import layout_of
 from .ranks import this_rank
-from .state_dict import state_of
+from .state_dict import ModelState, state_of
 from .wrapping import plain_model
 
 logger = logging.getLogger("trajkit")
@@ -47,6 +47,7 @@ class RecordedModel:
                     f"no tensor is called {pattern!r}, expected a pattern of names such as"
                     f" {', '.join(names[:4])}; look at model.state_dict()"
                 )
+        self._require_own_names(state)
         if trainable_only:  # of today: a layer that is frozen or thawed later does not change what a run holds
             self._left_out = frozenset(name for name in names if not state.parameters.get(name))
         # Of a state no tensor is kept: they may be copies that were made for it.
@@ -70,6 +71,7 @@ class RecordedModel:
     def tensors(self) -> dict[str, Tensor]:
         """Return name -> tensor, uncopied, of what is to be recorded and is a tensor."""
         state = state_of(self._model, self._added)
+        self._require_own_names(state)
         self._parameters = state.parameters
         return {name: state.tensors[name] for name in self._chosen(state.tensors)}
 
@@ -96,6 +98,14 @@ class RecordedModel:
         if self._layout is None or seen is None or self._layout[0] != seen:
             self._layout = seen, layout_of(tensors, self._parameters)
         return self._layout[1]
+
+    def _require_own_names(self, state: ModelState) -> None:
+        """Raise `LayoutError` for a trained parameter whose name stands for another tensor."""
+        if clashing := self._chosen(state.clashing):
+            raise LayoutError(
+                f"the model's state_dict does not give {listed(clashing)}, trained parameters, and gives other tensors"
+                " under their names; rename these, or leave them out with exclude=, patterns of names"
+            )
 
     def _chosen(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if self._is_chosen(name)]

@@ -26,6 +26,7 @@ class ModelState:
     own: Name -> name in the plain model, of parameters and buffers; others are made by hooks of the state dict.
     added: Names of the trained parameters that the state dict does not give.
     replaced: Names of floating tensors that hooks made in place of those; they are not among the tensors.
+    clashing: Names of those whose own name the state dict gives to another tensor; they are not among the added ones.
     extra: Names of what `torch.nn.Module.get_extra_state` gives, whatever it is; not among the tensors either.
     others: Name -> value, of all else that is no tensor.
     """
@@ -35,6 +36,7 @@ class ModelState:
     own: dict[str, str] = field(default_factory=dict)
     added: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
+    clashing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     others: dict[str, Any] = field(default_factory=dict)
 
@@ -45,11 +47,11 @@ class ModelState:
 
 
 def state_of(model: nn.Module, added: Collection[str] = ()) -> ModelState:
-    """Return what is recorded of a plain model.
+    """Return what there is to record of a model.
 
     added: Names of parameters that are recorded though the state dict does not give them, trained or not.
 
-    Raises `LayoutError` for a trained parameter whose name the state dict gives to another tensor.
+    Raises `LayoutError` for a state dict of parts, which the first FSDP can give.
     """
     names = PlainNames(model)
     given = names.plain(_given(names.model))
@@ -128,14 +130,10 @@ def _add(state: ModelState, missing: Mapping[str, Tensor], added: Collection[str
     made = [name for name, tensor in state.tensors.items() if name not in state.own and tensor.is_floating_point()]
     for name in made:
         del state.tensors[name]
-    for name, tensor in missing.items():
-        if name in state.tensors:
-            raise LayoutError(
-                f"'{name}' is a parameter that is trained, the model's state_dict gives another tensor this name;"
-                " rename one, or give the parameter in the state_dict, too"
-            )
-        state.tensors[name], state.parameters[name], state.own[name] = tensor, tensor.requires_grad, name
-    state.added, state.replaced = tuple(missing), tuple(made)
+    state.clashing = tuple(name for name in missing if name in state.tensors)
+    state.added, state.replaced = tuple(name for name in missing if name not in state.clashing), tuple(made)
+    for name in state.added:
+        state.tensors[name], state.parameters[name], state.own[name] = missing[name], missing[name].requires_grad, name
 
 
 def _gathered(given: Mapping[str, Any], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> ModelState:

@@ -37,13 +37,16 @@ def require_module(model: Any) -> nn.Module:
     """Return the model; raise `InputError` for what is no `torch.nn.Module`."""
     if isinstance(model, nn.Module):
         return model
-    found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-    if isinstance(model, Mapping):
-        cure = "pass the model itself; state dicts in files are recorded by import_checkpoints"
-    elif isinstance(model, type):
-        cure = "pass an instance of it"
+    parts = model.values() if isinstance(model, Mapping) else model if isinstance(model, list | tuple) else ()
+    found = type(model).__name__
+    if isinstance(model, type):
+        found, cure = f"the class {model.__name__}", "pass an instance of it"
     elif model is None:
         found, cure = "None", "pass the model that is trained"
+    elif any(isinstance(part, nn.Module) for part in parts):
+        cure = "pass one of the models, or all in a torch.nn.ModuleDict"
+    elif isinstance(model, Mapping):
+        cure = "pass the model itself; state dicts in files are recorded by import_checkpoints"
     else:
         cure = "pass the model itself, not its parameters or what trains it"
     raise InputError(f"expected a torch.nn.Module, found {found}; {cure}")
