@@ -209,6 +209,10 @@ def test_extra_state_in_a_file_is_left_out_and_said_once(tmp_path: Path, caplog:
         import_checkpoints(tmp_path / "run", files)
     assert list(open_run(tmp_path / "run").layout.names()) == ["weight", "bias"]
     assert caplog.text.count("'_extra_state' left out, extra state of modules is not recorded") == 1
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "trajkit"):
+        import_checkpoints(tmp_path / "other", files, select=Selection(exclude=("*_extra_state",)))
+    assert "extra" not in caplog.text
 
 
 def test_stubs_in_a_file_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

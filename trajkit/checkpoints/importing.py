@@ -159,7 +159,7 @@ class Importer:
         writer.append(arranged.layout, item.epoch, weights, buffers, step=step)
 
     def _say(self, path: Path, arranged: Arranged) -> None:
-        """Say what was done to names of the first checkpoint of each kind, and which weights have no values."""
+        """Say once what was done to names or left out, and which weights have no values."""
         warning = stub_warning(arranged.layout)
         for level, said in [(logging.INFO, remark) for remark in arranged.remarks] + [(logging.WARNING, warning)]:
             if said is not None and said not in self._said:

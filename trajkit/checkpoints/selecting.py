@@ -112,7 +112,7 @@ def _selected(
             f"none of the {len(plain)} tensors is selected, expected one at least; there are"
             f" {', '.join(list(plain.values())[:4])}, …; see --include, --exclude and --trainable-only"
         )
-    return found, _remarks(match.prefix, extra)
+    return found, _remarks(match.prefix, [name for name in extra if _is_chosen(selection, name)])
 
 
 def _is_chosen(selection: Selection, *names: str) -> bool:
