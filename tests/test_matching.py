@@ -134,7 +134,8 @@ def test_names_of_a_stranger_cost_time_in_proportion_to_their_length(hostile: ob
         return time.process_time() - start
 
     seconds(1 << 12)  # whatever is made once
-    assert min(seconds(1 << 18) for _ in range(3)) < 8 * min(seconds(1 << 16) for _ in range(3)) + 0.05
+    # 16 times the length: linear costs are 16 times as high, quadratic ones 256 times.
+    assert min(seconds(1 << 18) for _ in range(3)) < 64 * min(seconds(1 << 14) for _ in range(3)) + 0.05
 
 
 # --- Through the import
@@ -173,7 +174,7 @@ def test_a_prefix_that_is_put_on_is_said(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_a_part_of_a_checkpoint_goes_into_the_run_that_has_it_by_shorter_names(run: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "epoch1.pt", "student.", **{"teacher.weight": torch.ones(2, 3)})
-    with pytest.raises(LayoutError, match=r"names that begin with 'student.' without that; select .*'student.\*'"):
+    with pytest.raises(LayoutError, match=r"names that begin with 'student.' are the run's; choose .*'student.\*'"):
         import_checkpoints(run, [file])
     import_checkpoints(run, [file], select=Selection(include=("student.*",)))
     assert open_run(run).epochs.tolist() == [0, 1]
@@ -212,7 +213,7 @@ def test_extra_state_in_a_file_is_left_out_and_said_once(tmp_path: Path, caplog:
     caplog.clear()
     with caplog.at_level(logging.INFO, "trajkit"):
         import_checkpoints(tmp_path / "other", files, select=Selection(exclude=("*_extra_state",)))
-    assert "extra" not in caplog.text
+    assert "left out" not in caplog.text
 
 
 def test_stubs_in_a_file_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,7 +221,7 @@ def test_stubs_in_a_file_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCa
         torch.save({"fc.weight": torch.empty(0), "fc.bias": torch.ones(4)}, tmp_path / f"epoch{epoch}.pt")
     import_checkpoints(tmp_path / "run", sorted(tmp_path.glob("*.pt")))
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "epoch0.pt: 'fc.weight' has shape (0,), as DeepSpeed's ZeRO-3 leaves" in warning.getMessage()
+    assert "epoch0.pt: 'fc.weight' has shape (0,) and no values, as DeepSpeed's ZeRO-3 leaves" in warning.getMessage()
     assert "zero_to_fp32.py, or stage3_gather_16bit_weights_on_model_save" in warning.getMessage()
 
 

@@ -346,8 +346,8 @@ SHAPES: dict[str, Shape] = {
     "student and teacher": Shape(
         attribute("student", teacher=net),
         f"{under('student.', PLAIN.split(' | ')[0])} {under('teacher.', PLAIN)} {under('student.', STATISTICS)}",
-        into=r"the run has the names that begin with 'student.' or 'teacher.' without that; select some, such as"
-        r" include=\('student.\*',\) \(--include 'student.\*'\)",
+        into=r"without this prefix, the names that begin with 'student.' or 'teacher.' are the run's; choose some, such"
+        r" as by include=\('student.\*',\) \(--include 'student.\*'\)",
     ),
     "other names": Shape(
         lambda: nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}),

@@ -146,8 +146,8 @@ def _require_no_prefix(match: Match, names: Collection[str], known: ParameterLay
     prefixes = prefixes_to_choose(names, known)
     if prefixes:
         raise LayoutError(
-            f"the run has the names that begin with {' or '.join(map(repr, prefixes))} without that;"
-            f" select some, such as include=('{prefixes[0]}*',) (--include '{prefixes[0]}*')"
+            f"without this prefix, the names that begin with {' or '.join(map(repr, prefixes))} are the run's;"
+            f" choose some, such as by include=('{prefixes[0]}*',) (--include '{prefixes[0]}*')"
         )
 
 
