@@ -13,7 +13,7 @@ import click
 
 import trajkit
 
-from .options import epochs_option, fit_option, json_option, quiet_option, run_argument
+from .options import epochs_option, fit_option, json_option, quiet_option, results_option, run_argument
 from .output import echo_json, echo_table, number, progress
 
 
@@ -22,10 +22,17 @@ from .output import echo_json, echo_table, number, progress
 @fit_option
 @click.option("--with", "function", metavar="MODULE:FUNCTION", required=True, help="What to call for each state dict.")
 @epochs_option
+@results_option
 @quiet_option
 @json_option
 def evaluate(
-    run: str | Path, fit_name: str | None, function: str, epochs: list[int] | None, quiet: bool, as_json: bool
+    run: str | Path,
+    fit_name: str | None,
+    function: str,
+    epochs: list[int] | None,
+    results: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Call your function with the recorded weights of each epoch, and with those modelled by a fit.
 
@@ -38,7 +45,7 @@ def evaluate(
     called = load_function(function)
     try:
         with progress("evaluating", quiet) as report:
-            evaluation = trajkit.evaluate(run, called, fit=fit_name, epochs=epochs, progress=report)
+            evaluation = trajkit.evaluate(run, called, fit_name, epochs, report, results)
     except (trajkit.TrajkitError, OSError):
         raise
     except Exception as error:  # whatever the user's function raises

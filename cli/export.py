@@ -9,7 +9,7 @@ import click
 
 import trajkit
 
-from .options import EpochRange, fit_option, json_option, run_argument
+from .options import EpochRange, fit_option, json_option, results_option, run_argument
 from .output import echo, echo_json, size
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Averaged(EpochRange):
 @click.option("-o", "--output", metavar="OUT", required=True, help="File or folder to write.")
 @click.option("--max-shard-size", metavar="BYTES", help="Of a file in a safetensors folder.  [default: 5GB]")
 @click.option("--force", is_flag=True, help="Overwrite the checkpoint if it exists.")
+@results_option
 @json_option
 def export(
     run: str | Path,
@@ -67,6 +68,7 @@ def export(
     output: str,
     max_shard_size: str | None,
     force: bool,
+    results: str | None,
     as_json: bool,
 ) -> None:
     """Write weights of RUN as a checkpoint: of an epoch as recorded, modelled by a fit, or an average of epochs.
@@ -85,7 +87,7 @@ def export(
     is_ema = ema is not None or ema_half_life is not None
     if (fit_name is not None) + (average is not None) + is_ema > 1:
         raise click.UsageError("--fit, --average and --ema exclude each other; give one")
-    opened = trajkit.open_run(run)
+    opened = trajkit.open_run(run, results)
     averaged = None
     if average is not None or is_ema:
         averaged = opened.average(average, ema, up_to=epoch, ema_half_life=ema_half_life)

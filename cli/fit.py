@@ -18,6 +18,7 @@ from .options import (
     modes_option,
     quiet_option,
     reference_options,
+    results_option,
     run_argument,
     sample_options,
 )
@@ -61,6 +62,7 @@ CHOICES = ("modes", "cut", "samples", "sampling", "seed", "epochs", "references"
     help="tcp://host:8786 of a Dask cluster, threads or synchronous.  [default: threads]",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
+@results_option
 @quiet_option
 @json_option
 @click.pass_context
@@ -73,6 +75,7 @@ def fit(
     follow: bool,
     warmup: int,
     interval: float,
+    results: str | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -94,12 +97,19 @@ def fit(
         wanted = given | ({"modes"} if "cut" in given else set())
         settings = {key: value for key, value in _choices(options).items() if key in wanted}
         for fitted in trajkit.follow(
-            run, name or "followed", warmup, interval, **settings, **resources, device=options["device"]
+            run,
+            name or "followed",
+            warmup,
+            interval,
+            **settings,
+            **resources,
+            device=options["device"],
+            results=results,
         ):
             echo_fit(run, fitted, time.perf_counter() - began, as_json, indent=None)
             began = time.perf_counter()
         return
-    opened = trajkit.open_run(run)
+    opened = trajkit.open_run(run, results)
     with progress("fitting weights", quiet) as report:
         if update is not None:
             last = int(opened.fit(update).epochs[-1])

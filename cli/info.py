@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import trajkit
+from trajkit.errors import DamagedRunError
 
 from .fit import LAST_ERROR, counted_components, qualities
-from .options import json_option, run_argument
+from .options import json_option, results_option, run_argument
 from .output import NOTHING, echo, echo_json, echo_table, number, size
 
 if TYPE_CHECKING:
-    from trajkit import Run
+    from trajkit import Decomposition, Run
 
 
 @click.command()
 @run_argument
 @click.option("--planned", type=click.IntRange(min=1), metavar="N", help="Say what N epochs in all take on the disk.")
+@results_option
 @json_option
-def info(run: str | Path, planned: int | None, as_json: bool) -> None:
+def info(run: str | Path, planned: int | None, results: str | None, as_json: bool) -> None:
     """Show what RUN holds: tensors, epochs, metrics, size on disk, and fits with their variance explained.
 
     \b
@@ -29,7 +31,7 @@ def info(run: str | Path, planned: int | None, as_json: bool) -> None:
       trajkit info data/digits
       trajkit info data/digits --planned 100
     """
-    description = describe(trajkit.open_run(run), planned)
+    description = describe(trajkit.open_run(run, results), planned)
     if as_json:
         echo_json(description)
     else:
@@ -39,7 +41,19 @@ def info(run: str | Path, planned: int | None, as_json: bool) -> None:
 def describe(run: Run, planned: int | None = None) -> dict[str, Any]:
     """Everything that `info` shows, as plain values; with a forecast for `planned` epochs, or of those there are."""
     forecast = run.forecast(planned)
-    fits = {name: run.fit(name) for name in run.fits}
+    fits: dict[str, Decomposition] = {}
+    refused: dict[str, str] = {}
+    for name in run.fits:
+        try:
+            fits[name] = run.fit(name)
+        except DamagedRunError as error:
+            refused[f"fits/{name}"] = str(error)
+    evaluations = []
+    for place, evaluation in run.results.looked_at_evaluations():
+        if isinstance(evaluation, DamagedRunError):
+            refused[f"evaluations/{place}"] = str(evaluation)
+        else:
+            evaluations.append(evaluation)
     return {
         "run": str(run.path),
         "weights": run.layout.n_weights,
@@ -61,11 +75,13 @@ def describe(run: Run, planned: int | None = None) -> dict[str, Any]:
                 "modes": fit.n_modes,
                 "epochs": [int(fit.epochs[0]), int(fit.epochs[-1]), len(fit.epochs)],
                 "settings": dict(fit.settings),
+                "origin": None if fit.origin is None else fit.origin.to_json(),
                 **qualities(fit),
             }
             for name, fit in fits.items()
         },
-        "evaluations": [evaluation.to_json() for evaluation in run.evaluations],
+        "evaluations": [evaluation.to_json() for evaluation in evaluations],
+        "refused": refused,
     }
 
 
@@ -105,11 +121,18 @@ def _echo(run: dict[str, Any]) -> None:
             rows.append([what, "", "", "", *(number(fit[key]) for fit in fits.values())])
         rows.append(["explained by PCA of equal storage", "", "", "", *map(_explained_by_pca, fits.values())])
     echo_table(["tensor", "shape", "dtype", "kind", *(f"fit {name}" for name in fits)], rows)
+    if unknown := [name for name, fit in fits.items() if fit["origin"] is None]:
+        echo()
+        echo(f"origin not recorded, made by an older version: fit {', '.join(unknown)}")
     _echo_metrics(run["metrics"], steps)
     for evaluation in run["evaluations"]:
         fit = evaluation["fit"] or "recorded weights alone"
+        origin = "" if "of" in evaluation else " (origin not recorded)"
         echo()
-        echo(f"evaluated {len(evaluation['epochs'])} epochs with {evaluation['function']}, fit: {fit}")
+        echo(f"evaluated {len(evaluation['epochs'])} epochs with {evaluation['function']}, fit: {fit}{origin}")
+    for why in run["refused"].values():
+        echo()
+        echo(f"refused: {why}")
 
 
 def _explained_by_pca(fit: dict[str, Any]) -> str:

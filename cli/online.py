@@ -12,7 +12,15 @@ import trajkit
 from trajkit.errors import InputError
 
 from .fit import echo_fit
-from .options import json_option, modes_option, quiet_option, reference_options, run_argument, sample_options
+from .options import (
+    json_option,
+    modes_option,
+    quiet_option,
+    reference_options,
+    results_option,
+    run_argument,
+    sample_options,
+)
 from .output import echo, progress
 
 
@@ -40,12 +48,14 @@ from .output import echo, progress
 @click.option(
     "--memory", metavar="BYTES", help="What the fit may use, such as 2GiB.  [default: a quarter of what is free]"
 )
+@results_option
 @quiet_option
 @json_option
 def online(
     run: str | Path,
     warmup: int,
     modes: str | int | None,
+    results: str | None,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -62,7 +72,7 @@ def online(
       trajkit evaluate data/digits --fit online10 --with trajkit.demo:test_accuracy
     """
     began = time.perf_counter()
-    opened = trajkit.open_run(run)
+    opened = trajkit.open_run(run, results)
     sound = opened.epochs[opened.rows_of(None)]
     if len(sound) <= warmup:
         raise InputError(

@@ -34,6 +34,13 @@ class RunPlace(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
 run_argument = click.argument("run", metavar="RUN", type=RunPlace())
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+results_option = click.option(
+    "--results",
+    metavar="FOLDER",
+    envvar="TRAJKIT_RESULTS",
+    show_envvar=True,
+    help="Folder or URL beside RUN in which its fits and evaluations are kept, for a RUN that can only be read.",
+)
 fit_option = click.option("--fit", "fit_name", metavar="NAME", help="A fit saved in the run.")
 
 

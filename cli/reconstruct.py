@@ -8,7 +8,7 @@ import click
 
 import trajkit
 
-from .options import fit_option, json_option, run_argument
+from .options import fit_option, json_option, results_option, run_argument
 from .output import echo, echo_json, size
 
 
@@ -20,15 +20,24 @@ from .output import echo, echo_json, size
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write: .safetensors or .pt."
 )
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
+@results_option
 @json_option
-def reconstruct(run: str | Path, fit_name: str | None, epoch: int, output: Path, force: bool, as_json: bool) -> None:
+def reconstruct(
+    run: str | Path,
+    fit_name: str | None,
+    epoch: int,
+    output: Path,
+    force: bool,
+    results: str | None,
+    as_json: bool,
+) -> None:
     """Write the weights of an epoch as a checkpoint file: modelled by a fit, or as recorded without --fit.
 
     \b
     Example:
       trajkit reconstruct data/digits --fit modes10 --epoch 39 -o cmd.safetensors
     """
-    opened = trajkit.open_run(run)
+    opened = trajkit.open_run(run, results)
     written = trajkit.write_checkpoint(opened, epoch, output, fit=fit_name, overwrite=force)
     n_bytes = written.stat().st_size
     if as_json:

@@ -24,7 +24,9 @@ COMMAND = "trajkit.command"
 
 WATCHING = {"pattern", "until", "idle", "interval"}
 SELECTING = {"key", "include", "exclude", "trainable_only"}
-READING = {"first_epoch", "nonfinite", "no_fsync", *SELECTING}
+NUMBERING = {"label", "epoch", "first_epoch"}
+GIVEN_ONLY = {"epoch", "first_epoch"}
+READING = {"nonfinite", "no_fsync", "dry_run", *NUMBERING, *SELECTING}
 
 
 class _Record(click.Command):
@@ -56,6 +58,22 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in n
         return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+class _Pattern(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """A regular expression with a group."""
+
+    name = "regex"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check one option's value."""
+        try:
+            n_groups = re.compile(value).groups
+        except re.error as error:
+            self.fail(f"{value!r} is no regular expression ({error})", param, ctx)
+        if n_groups == 0:
+            self.fail(f"{value!r} has no group; write one around the number, such as 'epoch_([0-9]+)'", param, ctx)
+        return value
+
+
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several decorators, the first on top."""
 
@@ -70,14 +88,32 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 @click.command(cls=_Record)
 @run_argument
 @click.argument("checkpoints", metavar="[CHECKPOINT…]", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--first-epoch", type=int, help="Number the checkpoints from here on, in natural order of their names.")
 @_options(
     click.option(
-        "--watch", metavar="DIR", type=click.Path(path_type=Path), help="Record what a training writes there."
+        "--label", metavar="REGEX", type=_Pattern(), help="Regular expression in the names; its group 1 is the epoch."
     ),
-    click.option("--pattern", help="Of the names in DIR, such as 'epoch*.pt'.  [default: all that may be checkpoints]"),
-    click.option("--until", metavar="EPOCH", type=int, help="End when this epoch is recorded."),
-    click.option("--idle", metavar="TIME", type=_Duration(), help="End when nothing has changed for 90s, 10m or 2h."),
+    click.option("--epoch", metavar="N", type=int, help="Epoch of the one checkpoint."),
+    click.option(
+        "--first-epoch",
+        metavar="N",
+        type=int,
+        help="Number of the first checkpoint; the others follow in natural order of their names.",
+    ),
+    click.option("--dry-run", is_flag=True, help="List of which checkpoint becomes which epoch; nothing is written."),
+)
+@_options(
+    click.option(
+        "--watch", metavar="DIR", type=click.Path(path_type=Path), help="Folder into which a training writes."
+    ),
+    click.option(
+        "--pattern", help="Pattern of names in DIR, such as 'epoch*.pt'.  [default: all that may be checkpoints]"
+    ),
+    click.option(
+        "--until", metavar="EPOCH", type=int, help="Epoch that ends the watch, unless from a best or last file."
+    ),
+    click.option(
+        "--idle", metavar="TIME", type=_Duration(), help="Time without a change that ends the watch: 90s, 10m or 2h."
+    ),
     click.option(
         "--interval",
         type=click.FloatRange(min=0, min_open=True),
@@ -114,9 +150,11 @@ def record(
     """Record into RUN, which is made if there is none: checkpoints that are there, those that a training writes into
     a folder, or a training itself.
 
-    Checkpoints are .safetensors, .pt, .pth, .bin and .ckpt files, and folders or indexes of Hugging Face, Accelerate
-    and torch.distributed.checkpoint. The epoch is the number in the name, or else what the file says. Epochs that are
-    recorded already are skipped, so the same command again brings in what is new. An epoch that `trajkit repair` has
+    Checkpoints are .safetensors, .pt, .pth, .pth.tar, .bin and .ckpt files, and folders or indexes of Hugging Face,
+    Accelerate and torch.distributed.checkpoint. The epoch is the number after a word such as epoch, step or checkpoint
+    in the name, or else what the file says, or else the one number in the name. Which checkpoint becomes which epoch is
+    shown before anything is written, and where that is not clear nothing is. A checkpoint whose epoch is recorded
+    already has to be the same, so the same command again brings in what is new. An epoch that `trajkit repair` has
     marked as bad is healed by its checkpoint.
 
     With --watch, a checkpoint is recorded when it is whole, until Ctrl-C, --until or --idle; the exit code is 0, or 1
@@ -138,7 +176,17 @@ def record(
     elif watch is not None:
         _watch(ctx, run, watch, quiet, as_json, options)
     else:
+        _require_one_epoch(checkpoints, options)
         _import(run, checkpoints, quiet, as_json, options)
+
+
+def _require_one_epoch(checkpoints: Sequence[Path], options: dict[str, Any]) -> None:
+    """Raise a usage error unless at most one option numbers the checkpoints, and --epoch only one of them."""
+    given = [f"--{name.replace('_', '-')}" for name in sorted(NUMBERING) if options[name] is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude each other; give one")
+    if options["epoch"] is not None and len(checkpoints) > 1:
+        raise click.UsageError(f"--epoch is for one checkpoint, found {len(checkpoints)}; use --label or --first-epoch")
 
 
 def _require_one_way(
@@ -159,8 +207,10 @@ def _require_one_way(
         raise click.UsageError(f"a command records by its own settings; leave out {_spelled(others)}")
     if watch is None and (others := given & WATCHING):
         raise click.UsageError(f"{_spelled(others)} goes with --watch; leave it out")
-    if watch is not None and "first_epoch" in given:
-        raise click.UsageError("--watch takes the numbers in the names; leave out --first-epoch")
+    if watch is not None and (others := given & GIVEN_ONLY):
+        raise click.UsageError(f"--watch takes the numbers in the names; leave out {_spelled(others)}")
+    if watch is not None and "dry_run" in given:
+        raise click.UsageError("--dry-run goes with checkpoints that are there; leave it out")
 
 
 def _spelled(options: set[str]) -> str:
@@ -175,7 +225,7 @@ def _given(ctx: click.Context) -> set[str]:
 
 def _import(run: str | Path, checkpoints: Sequence[Path], quiet: bool, as_json: bool, options: dict[str, Any]) -> None:
     """Record what is there."""
-    with progress("recording", quiet) as report:
+    with progress("looking" if options["dry_run"] else "recording", quiet) as report:
         done = 0
 
         def one(_imported: object) -> None:
@@ -192,11 +242,15 @@ def _import(run: str | Path, checkpoints: Sequence[Path], quiet: bool, as_json: 
             nonfinite=options["nonfinite"],
             progress=one,
             select=_selection(options),
+            label=options["label"],
+            epochs=options["epoch"],
+            dry_run=options["dry_run"],
         )
     if as_json:
-        echo_json({"run": str(run), "files": [_plain(item) for item in imported]})
+        told = {"dry_run": True} if options["dry_run"] else {}
+        echo_json({"run": str(run), **told, "files": [_plain(item) for item in imported]})
     else:
-        echo(_counted(run, imported))
+        echo(_counted(run, imported, "would be " if options["dry_run"] else ""))
 
 
 def _watch(
@@ -208,7 +262,7 @@ def _watch(
     watch = Watch(
         run,
         folder,
-        **{name: options[name] for name in ("pattern", "until")},
+        **{name: options[name] for name in ("pattern", "until", "label")},
         idle_s=options["idle"],
         interval_s=options["interval"],
         fsync=not options["no_fsync"],
@@ -229,6 +283,12 @@ def _watch(
         echo(_counted(run, imported))
     for path, why in watch.unfinished().items():
         echo(f"{path} is not recorded: {why}", err=True)
+    if watch.ignored and not (imported or left or quiet):
+        echo(
+            f"{folder}: {len(watch.ignored)} files were left alone, such as {watch.ignored[0].name};"
+            " choose checkpoints by --pattern",
+            err=True,
+        )
     ctx.exit(1 if left else 0)
 
 
@@ -275,12 +335,12 @@ def _plain(item: Imported) -> dict[str, Any]:
     return {**vars(item), "path": str(item.path)}
 
 
-def _counted(run: str | Path, imported: Sequence[Imported]) -> str:
+def _counted(run: str | Path, imported: Sequence[Imported], would_be: str = "") -> str:
     new, healed, lost = (sum(getattr(item, what) for item in imported) for what in ("new", "healed", "lost"))
-    skipped = len(imported) - new - healed - lost
+    same = len(imported) - new - healed - lost
     return (
-        f"{run}: {new} epochs recorded"
-        + (f", {healed} healed" if healed else "")
+        f"{run}: {new} epochs {would_be}recorded"
+        + (f", {healed} {would_be}healed" if healed else "")
         + (f", {lost} damaged beyond healing" if lost else "")
-        + (f", {skipped} were there already" if skipped else "")
+        + (f", {same} were there already, with the same values" if same else "")
     )

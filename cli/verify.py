@@ -10,7 +10,7 @@ import click
 
 import trajkit
 
-from .options import json_option, quiet_option, run_argument
+from .options import json_option, quiet_option, results_option, run_argument
 from .output import echo, echo_json, progress, size
 
 if TYPE_CHECKING:
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     help="Hash the first and the last epoch and a tenth of the other objects too.  [default]",
 )
 @click.option("--full", is_flag=True, help="Hash every object.")
+@results_option
 @quiet_option
 @json_option
-def verify(run: str | Path, fast: bool, sampled: bool, full: bool, quiet: bool, as_json: bool) -> None:
+def verify(
+    run: str | Path, fast: bool, sampled: bool, full: bool, results: str | None, quiet: bool, as_json: bool
+) -> None:
     """Look for damage in RUN: objects that are missing, truncated, flipped, swapped or emptied.
 
     Nothing is changed, and a training may be recording. The exit code is 0 where all is sound, 1 where something is
@@ -41,7 +44,7 @@ def verify(run: str | Path, fast: bool, sampled: bool, full: bool, quiet: bool, 
     if fast + sampled + full > 1:
         raise click.UsageError("--fast, --sampled and --full are three levels; choose one.")
     with progress("verifying", quiet) as report:
-        found = trajkit.verify(run, "fast" if fast else "full" if full else "sampled", progress=report)
+        found = trajkit.verify(run, "fast" if fast else "full" if full else "sampled", report, results)
     if as_json:
         damages = [{**vars(damage), "text": str(damage)} for damage in found.damages]
         echo_json({**vars(found), "run": str(found.run), "sound": found.sound, "damages": damages})
@@ -53,6 +56,8 @@ def verify(run: str | Path, fast: bool, sampled: bool, full: bool, quiet: bool, 
 def _echo(found: Verification) -> None:
     for damage in found.damages:
         echo(str(damage))
+    for note in found.notes:
+        echo(f"note: {note}")
     if found.bad_epochs:
         echo(f"marked as bad: epoch {', '.join(map(str, found.bad_epochs))}")
     if found.leftovers:

@@ -34,6 +34,7 @@ from trajkit.store import format as store_format
 from trajkit.store.fit_shape import FitShape
 from trajkit.store.fits import FitWriter
 from trajkit.store.format import BUFFERS, EPOCH, PROBE, STEP, WEIGHTS, all_arrays
+from trajkit.store.sources import Look, Source
 
 Steps = Callable[[Path], Iterator[None]]
 """Does what is left to do to the run at a path; every `yield` acknowledges a step."""
@@ -70,14 +71,18 @@ def values_of(layout: ParameterLayout, epoch: int) -> tuple[np.ndarray[Any, Any]
     return weights.astype(np.float32), {dtype: (np.arange(size) + epoch).astype(dtype) for dtype, size in sizes}
 
 
-def recording(n_epochs: int, layout: ParameterLayout = counting.LAYOUT, with_steps: bool = False) -> Steps:
-    """Record until the run has so many epochs, with a training's steps or without."""
+def recording(
+    n_epochs: int, layout: ParameterLayout = counting.LAYOUT, with_steps: bool = False, with_sources: bool = False
+) -> Steps:
+    """Record until the run has so many epochs; with a training's steps, with the checkpoints that they are from."""
 
     def steps(path: Path) -> Iterator[None]:
         with RunWriter(path) as writer:
             for epoch in range(len(writer.epochs), n_epochs):
                 step = 100 * epoch if with_steps else None
                 writer.append(layout, epoch, *values_of(layout, epoch), {"epoch": epoch}, step)
+                if with_sources:
+                    writer.keep_source(Source(epoch, f"epoch{epoch}.pt", Look(1, 2, 3), "all"))
                 yield
 
     return steps
@@ -204,6 +209,7 @@ SCENARIOS = [
         (recording(1, SEVERAL_DTYPES, with_steps=True),),
         (recording(2, SEVERAL_DTYPES, with_steps=True),),
     ),
+    Scenario("record checkpoints", (recording(1),), (recording(3, with_sources=True),)),
     Scenario("fit", (recording(4),), (fitting("a"),)),
     Scenario("update", (recording(5), fitting("a", 3)), (updating("a"),)),
     Scenario("evaluate", (recording(2),), (evaluating(2),)),

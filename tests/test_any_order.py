@@ -22,6 +22,7 @@ from scenarios import assert_shown_whole, seen
 from trajkit import RunWriter, open_run
 from trajkit.errors import DamagedRunError, InputError, RunNotFoundError
 from trajkit.store.arrays import VerifiedReader
+from trajkit.store.disk import SoundFile, identity_of
 from trajkit.store.format import commit_key
 
 EXAMPLES = 60 * int(os.environ.get("TRAJKIT_FUZZ_EXAMPLES", "1"))
@@ -196,7 +197,12 @@ def test_in_any_order_nothing_is_lost_and_no_damage_reads_silently() -> None:
 
 def test_a_reader_that_trusts_lengths_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hash check, damage of the same length reads silently."""
-    monkeypatch.setattr(VerifiedReader, "_checked", lambda self, key: str(self._objects.path(key)))
+
+    def trusted(self: VerifiedReader, key: str) -> SoundFile:
+        path = self._objects.path(key)
+        return SoundFile(str(path), identity_of(path.stat()))
+
+    monkeypatch.setattr(VerifiedReader, "_checked", trusted)
     with pytest.raises((pytest.fail.Exception, AssertionError), match=r"DID NOT RAISE|pattern did not match"):
         explore()
 

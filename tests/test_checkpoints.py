@@ -16,7 +16,6 @@ from torch import nn
 
 from trajkit import Recorder, Run, fit, import_checkpoints, load_weights, open_run, tensors, write_checkpoint
 from trajkit.checkpoints import placing
-from trajkit.checkpoints.naming import epoch_in_name
 from trajkit.errors import InputError, LayoutError, PathExistsError, TrajkitError, UnknownNameError
 
 # --- Writing
@@ -54,7 +53,9 @@ def test_a_checkpoint_file_holds_what_load_weights_gives(
 def test_recorded_weights_come_back_bit_for_bit(awkward_run: Run, tmp_path: Path) -> None:
     """Written, and brought back into the same run."""
     write_checkpoint(awkward_run, 3, tmp_path / "epoch9.safetensors")
-    import_checkpoints(awkward_run.path, [tmp_path / "epoch9.safetensors"])
+    with pytest.raises(InputError, match=r"is epoch 9 by its name, the file says epoch 3; say which with --label"):
+        import_checkpoints(awkward_run.path, [tmp_path / "epoch9.safetensors"])
+    import_checkpoints(awkward_run.path, [tmp_path / "epoch9.safetensors"], epochs=[9])
     run = open_run(awkward_run.path)
     assert_same(run.state_dict(9), run.state_dict(3))
 
@@ -122,7 +123,7 @@ def model_at(step: int) -> nn.Module:
     "save",
     [
         lambda state, path: torch.save(state, path),
-        lambda state, path: torch.save({"epoch": 3, "state_dict": state, "loss": 0.5}, path),
+        lambda state, path: torch.save({"epoch": int(path.stem[5:]), "state_dict": state, "loss": 0.5}, path),
         lambda state, path: torch.save({"model": {"state_dict": state}}, path),
         lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
         save_file,
@@ -178,7 +179,8 @@ def test_tied_weights_in_safetensors_are_one_or_copies(tmp_path: Path) -> None:
         recorder.record(0)
     write_checkpoint(tmp_path / "run", 0, tmp_path / "epoch1.safetensors")
     save_model(model, str(tmp_path / "epoch2.safetensors"))
-    import_checkpoints(tmp_path / "run", [tmp_path / "epoch1.safetensors", tmp_path / "epoch2.safetensors"])
+    files = [tmp_path / "epoch1.safetensors", tmp_path / "epoch2.safetensors"]  # the first says that it is epoch 0
+    import_checkpoints(tmp_path / "run", files, label=r"epoch(\d)")
     run = open_run(tmp_path / "run")
     for epoch in (1, 2):
         assert_same(run.state_dict(epoch), run.state_dict(0))
@@ -189,24 +191,8 @@ def test_tied_weights_in_safetensors_are_one_or_copies(tmp_path: Path) -> None:
         import_checkpoints(tmp_path / "run", [tmp_path / "epoch3.safetensors"])
 
 
-@pytest.mark.parametrize(
-    ("names", "epochs"),
-    [
-        (["epoch3.pt", "epoch10.pt"], [3, 10]),
-        (["epoch=2-step=300.ckpt", "epoch=10-step=1.ckpt"], [2, 10]),
-        (["resnet18-Epoch_007.pth", "resnet18-Epoch_8.pth"], [7, 8]),
-        (["step200.pt", "step1000.pt"], [200, 1000]),
-        (["v2_12.safetensors", "v2_9.safetensors"], [12, 9]),
-        (["checkpoint-500", "out/checkpoint-500/model.safetensors", "epoch.7"], [500, 500, 7]),
-        (["checkpoint-500/pytorch_model.bin.index.json", "model_3.bin", "best.pt", "model.bin"], [500, 3, None, None]),
-    ],
-)
-def test_epochs_are_the_numbers_in_the_names(names: list[str], epochs: list[int | None]) -> None:
-    assert [epoch_in_name(Path(name)) for name in names] == epochs
-
-
 def test_files_without_numbers_say_their_epoch_or_are_numbered_on_request(tmp_path: Path) -> None:
-    names = ["last.pt", "part9.pt", "part10.pt", "².pt"]
+    names = ["last.pt", "net9.pt", "net10.pt", "².pt"]
     for name in names:
         torch.save(nn.Linear(2, 2).state_dict(), tmp_path / name)
     files = [tmp_path / name for name in names]
@@ -216,14 +202,17 @@ def test_files_without_numbers_say_their_epoch_or_are_numbered_on_request(tmp_pa
         import_checkpoints(tmp_path / "run", files[3:])
     (tmp_path / "b").mkdir()
     shutil.copy(files[1], tmp_path / "b")
-    with pytest.raises(InputError, match=r"b/part9.pt: is epoch 9, and so is .*/part9.pt; number with --first-epoch"):
-        import_checkpoints(tmp_path / "run", [files[1], tmp_path / "b/part9.pt"])
+    with pytest.raises(InputError, match=r"b/net9.pt: is epoch 9, and so is .*/net9.pt; say which .* --first-epoch"):
+        import_checkpoints(tmp_path / "run", [files[1], tmp_path / "b/net9.pt"])
     numbered = import_checkpoints(tmp_path / "run", files[2::-1], first_epoch=5)
-    assert {item.epoch: item.path.name for item in numbered} == {5: "last.pt", 6: "part9.pt", 7: "part10.pt"}
+    assert {item.epoch: item.path.name for item in numbered} == {5: "last.pt", 6: "net9.pt", 7: "net10.pt"}
     torch.save({"state_dict": nn.Linear(2, 2).state_dict(), "epoch": 8, "global_step": 800}, tmp_path / "last.pt")
-    torch.save({"model": nn.Linear(2, 2).state_dict(), "step": 900}, tmp_path / "later.pt")
-    found = import_checkpoints(tmp_path / "run", [tmp_path / "later.pt", tmp_path / "last.pt"])
+    torch.save({"model": nn.Linear(2, 2).state_dict(), "global_step": 900}, tmp_path / "later.pt")
+    found = import_checkpoints(tmp_path / "run", [tmp_path / "last.pt"])
+    found += import_checkpoints(tmp_path / "run", [tmp_path / "later.pt"])
     assert [(item.epoch, item.path.name) for item in found] == [(8, "last.pt"), (900, "later.pt")]
+    found = import_checkpoints(tmp_path / "by-step", [tmp_path / "later.pt", tmp_path / "last.pt"])
+    assert [(item.epoch, item.path.name) for item in found] == [(800, "last.pt"), (900, "later.pt")]
     shutil.copy(tmp_path / "last.pt", tmp_path / "epoch8.pt")
     found = import_checkpoints(tmp_path / "run2", [tmp_path / "last.pt", tmp_path / "epoch8.pt"])
     assert [(item.epoch, item.path.name) for item in found] == [(8, "epoch8.pt")]
@@ -282,7 +271,7 @@ def test_tied_weights_with_nan_are_still_tied(tmp_path: Path) -> None:
     with Recorder(model, tmp_path / "run", nonfinite="record") as recorder:
         recorder.record(0)
     write_checkpoint(tmp_path / "run", 0, tmp_path / "epoch1.safetensors")
-    import_checkpoints(tmp_path / "run", [tmp_path / "epoch1.safetensors"], nonfinite="record")
+    import_checkpoints(tmp_path / "run", [tmp_path / "epoch1.safetensors"], nonfinite="record", epochs=[1])
     assert open_run(tmp_path / "run").epochs.tolist() == [0, 1]
 
 

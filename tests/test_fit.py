@@ -145,6 +145,7 @@ def test_block_size_and_threads_do_not_change_a_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = fit(make_run(wide_matrix, name="whole", sizes=(25_000, 15_000)), modes=6)
+    assert_same(whole, whole)  # reads it, before objects are cut in another way
     monkeypatch.setattr(store_format, "CHUNK_VALUES", chunk_values)
     run = make_run(wide_matrix, name="cut", sizes=(25_000, 15_000))
     assert len(store_format.result_rule(40_000).objects()) == -(-40_000 // min(chunk_values, 40_000))

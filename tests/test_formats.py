@@ -294,7 +294,7 @@ def test_what_was_exported_is_recorded_again_bit_for_bit(name: str, options: Any
     with Recorder(model, tmp_path / "run", fsync=False) as recorder:
         recorder.record(0)
     write_checkpoint(tmp_path / "run", 0, tmp_path / name, **options)
-    import_checkpoints(tmp_path / "run", [tmp_path / name], fsync=False)
+    import_checkpoints(tmp_path / "run", [tmp_path / name], fsync=False, epochs=[1])  # a file may say that it is of 0
     require_same(open_run(tmp_path / "run").state_dict(1), copied(model))
 
 

@@ -82,6 +82,13 @@ def test_the_exit_code_is_given_back(command: list[str], expected: int, said: st
         (["RUN", "a.pt", "--until", "3"], "--until goes with --watch; leave it out"),
         (["RUN", "--key", "model", "--", "python"], "a command records by its own settings; leave out --key"),
         (["RUN", "--watch", "x", "--first-epoch", "3"], "--watch takes the numbers in the names"),
+        (["RUN", "--watch", "x", "--epoch", "3"], "--watch takes the numbers in the names; leave out --epoch"),
+        (["RUN", "--watch", "x", "--dry-run"], "--dry-run goes with checkpoints that are there; leave it out"),
+        (["RUN", "--dry-run", "--", "python"], "a command records by its own settings; leave out --dry-run"),
+        (["RUN", "a.pt", "--epoch", "3", "--label", "(a)"], "--epoch and --label exclude each other; give one"),
+        (["RUN", "a.pt", "b.pt", "--epoch", "3"], "--epoch is for one checkpoint, found 2; use --label or"),
+        (["RUN", "a.pt", "--label", "epoch"], "'epoch' has no group; write one around the number, such as 'epoch_"),
+        (["RUN", "a.pt", "--label", "("], "'(' is no regular expression (missing ), unterminated subpattern"),
         (["RUN", "--watch", "x", "--idle", "10 days"], "'10 days' is no time; write 90s, 10m or 2h"),
     ],
 )

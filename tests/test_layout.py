@@ -113,7 +113,7 @@ def test_stubs_are_trainable_weights_of_shape_0_beside_others_with_values() -> N
         ]
     )
     assert layout.stubs == ("matrix",)
-    assert str(stub_warning(layout)).startswith("'matrix' has shape (0,), as DeepSpeed's ZeRO-3 leaves parameters")
+    assert str(stub_warning(layout)).startswith("'matrix' has shape (0,) and no values, as DeepSpeed's ZeRO-3")
     assert stub_warning(ParameterLayout.of([weight("matrix", 3)])) is None
 
 

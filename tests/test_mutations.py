@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from scenarios import SCENARIOS, BrokenPromiseError, Story
 
+from trajkit.store import root as store_root
 from trajkit.store import writer as store_writer
 from trajkit.store.commit import CommitRecord
 from trajkit.store.fits import FitWriter
@@ -73,7 +74,7 @@ def grow_before_the_commit(patch: pytest.MonkeyPatch) -> None:
     commit = ArchiveWriter._commit
 
     def grown(self: ArchiveWriter, record: CommitRecord, data: bytes) -> None:
-        self._grow(self._grown(record.row + 1))
+        self._grow(self._grown((*self.records, record)))
         commit(self, record, data)
 
     patch.setattr(ArchiveWriter, "_commit", grown)
@@ -102,7 +103,7 @@ def commit_record_in_place(patch: pytest.MonkeyPatch) -> None:
 
 def cleared_where_nothing_is_shown(patch: pytest.MonkeyPatch) -> None:
     """Opening takes the shapes, which may lag behind, for what is committed."""
-    read_all_records, document = store_writer.read_all_records, store_writer.read_document
+    read_all_records, document = store_writer.read_all_records, store_root.read_document
     patch.setattr(
         store_writer,
         "read_all_records",

@@ -22,7 +22,8 @@ import trajkit
 from trajkit import OnlineCMD, Recorder, Run, RunWriter, fit, open_run, update
 from trajkit.demo import digits, digits_cnn
 from trajkit.errors import InputError, LayoutError
-from trajkit.vector import flatten, model_tensors
+from trajkit.training.model import RecordedModel
+from trajkit.vector import flatten
 
 WARMUP = 20
 EPOCHS = 40
@@ -49,7 +50,7 @@ def trained(recorded: Run, epochs: range = range(EPOCHS), **settings: Any) -> tu
 
 
 def weights_of(model: nn.Module, cmd: OnlineCMD) -> Any:
-    return flatten(cmd._layout, model_tensors(model))[0]
+    return flatten(cmd._layout, RecordedModel(model).tensors())[0]
 
 
 def oracle(weights: Any, references: Any, mode: Any = None) -> tuple[Any, Any, Any]:

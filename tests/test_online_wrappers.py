@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from trajkit import EmbeddedCMD, OnlineCMD, Recorder
 from trajkit.errors import InputError, LayoutError
-from trajkit.training.model import plain_model
+from trajkit.training.callbacks.modelling import TrainerCMD
+from trajkit.training.wrapping import plain_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning:torch"),
@@ -44,6 +46,41 @@ def trained(model: nn.Module, *given: nn.Module, **settings: Any) -> OnlineCMD:
         train(model, epoch)
         cmd.update_parameters(given[(epoch + 1) % len(given)])
     return cmd
+
+
+def hooked(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[nn.Module], nn.Module]:
+    """The model with a hook that gives what its state dict is to be."""
+
+    def made(model: nn.Module) -> nn.Module:
+        def hook(_module: nn.Module, state: dict[str, Any], *_: object) -> None:
+            changed = change(dict(state))
+            state.clear()
+            state.update(changed)
+
+        model.register_state_dict_post_hook(hook)
+        return model
+
+    return made
+
+
+def without_a_weight(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in state.items() if name != "inner.2.bias"}
+
+
+HOOKED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "a hook that renames": hooked(lambda state: {f"net.{name}": tensor for name, tensor in state.items()}),
+    "a hook that detaches": hooked(lambda state: {name: tensor.detach() for name, tensor in state.items()}),
+    "a hook that copies": hooked(lambda state: {name: tensor.detach().clone() for name, tensor in state.items()}),
+    "a hook that adds": hooked(lambda state: state | {"mean": state["gain"].mean()}),
+}
+EMBEDDED = [
+    "DistributedDataParallel",
+    "torch.compile",
+    "wrapped submodules",
+    "activation checkpointing",
+    "checkpointed submodules",
+    *HOOKED,
+]
 
 
 @cache
@@ -77,6 +114,54 @@ def test_a_wrapped_model_has_the_cmd_weights_of_the_plain_one(wrapper: str, firs
             assert same is given
             assert_equal(values(plain), values(expected.module))
         assert_equal(values(model), before)
+
+
+@pytest.mark.parametrize("hook", HOOKED)
+def test_a_hook_of_the_state_dict_does_not_show_in_the_cmd_weights(hook: str) -> None:
+    model = HOOKED[hook](tiny())
+    cmd = trained(model, model, use_buffers=True)
+    expected = of_the_plain_model()
+    np.testing.assert_array_equal(cmd.mode, expected.mode)
+    np.testing.assert_array_equal(cmd.scale, expected.scale)
+    np.testing.assert_array_equal(cmd.offset, expected.offset)
+    assert_equal(values(cmd.module), values(expected.module))
+    with cmd.applied_to(model):
+        assert_equal(values(model), values(expected.module))
+
+
+@pytest.mark.filterwarnings("ignore:the model's state_dict does not give 'inner.2.bias':RuntimeWarning")
+def test_a_trained_weight_that_the_state_dict_lacks_has_cmd_weights() -> None:
+    model = hooked(without_a_weight)(tiny())
+    cmd = trained(model, model)
+    assert "inner.2.bias" in [entry.name for entry in cmd.entries]
+    assert cmd.scale.size == sum(parameter.numel() for parameter in model.parameters())
+    with cmd.applied_to(model):
+        assert torch.equal(model.inner[2].bias, cmd.module.inner[2].bias)  # type: ignore[index, union-attr]
+    assert not torch.equal(model.inner[2].bias, cmd.module.inner[2].bias)  # type: ignore[index, union-attr]
+
+
+def test_a_trainer_leaves_the_cmd_weights_in_a_model_with_a_hook() -> None:
+    model = HOOKED["a hook that renames"](tiny())
+    modelling = TrainerCMD(model, None, {**SETTINGS, "use_buffers": True})
+    for epoch in range(EPOCHS):
+        train(model, epoch)
+        modelling.update(epoch)
+    modelling.leave(modelling.modelled())
+    assert_equal(values(model), values(of_the_plain_model().module))
+
+
+def test_the_warm_up_is_read_from_the_run_of_a_model_with_a_hook(tmp_path: Path) -> None:
+    model = HOOKED["a hook that renames"](tiny())
+    with Recorder(model, tmp_path / "run", fsync=False) as recorder:
+        cmd = OnlineCMD(model, **SETTINGS, run=recorder)
+        for epoch in range(EPOCHS):
+            train(model, epoch)
+            recorder.record(epoch)
+            cmd.update_parameters(model)
+    np.testing.assert_array_equal(cmd.scale, of_the_plain_model().scale)
+    again = OnlineCMD(model, **SETTINGS, run=tmp_path / "run")
+    again.load_state_dict(cmd.state_dict())
+    assert_equal(values(again.module), values(cmd.module))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -121,12 +206,12 @@ def test_the_warm_up_is_read_from_the_run_of_a_wrapped_model(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "torch.compile", "wrapped submodules"])
+@pytest.mark.parametrize("wrapper", EMBEDDED)
 def test_embedding_in_a_wrapped_model_is_that_in_the_plain_one(wrapper: str, mask: bool) -> None:
     found = {}
     for kind in ("plain", wrapper):
         plain = tiny()
-        model = plain if kind == "plain" else WRAPPERS[wrapper](plain)
+        model = plain if kind == "plain" else (WRAPPERS | HOOKED)[wrapper](plain)
         optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, momentum=0.9)
         cmd = EmbeddedCMD(model, optimizer, window=2, percent=40, mask_gradients=mask, **SETTINGS)
         for epoch in range(8):

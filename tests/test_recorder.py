@@ -182,17 +182,6 @@ def test_a_quantised_buffer_is_refused(tmp_path: Path) -> None:
         Recorder(model, tmp_path / "run")
 
 
-def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
-    class Extra(nn.Linear):
-        def get_extra_state(self) -> dict[str, int]:
-            return {"steps": 3}
-
-        def set_extra_state(self, state: Any) -> None: ...
-
-    with pytest.raises(LayoutError, match="'_extra_state' is a dict, expected a tensor"):
-        Recorder(Extra(2, 2), tmp_path / "run")
-
-
 def test_float64_weights_that_float32_cannot_hold_are_refused(tmp_path: Path) -> None:
     model = nn.Linear(2, 2).double()
     with torch.no_grad():

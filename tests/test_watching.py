@@ -18,8 +18,10 @@ from interruptible import interruptible
 from safetensors.torch import save_file
 from test_cli import invoke, invoke_json
 
-from trajkit import import_checkpoints, open_run, repair
+from trajkit import import_checkpoints, open_run, repair, verify
 from trajkit.checkpoints import watching
+from trajkit.checkpoints.labels import CURE
+from trajkit.checkpoints.stored import PlainTensor
 from trajkit.checkpoints.watching import Watch
 from trajkit.errors import InputError
 
@@ -310,6 +312,253 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+# --- Which epoch a file is
+
+
+def test_files_of_the_imagenet_example_are_called_by_their_names(folder: Path, watch: Any) -> None:
+    """Each says the number of the next epoch, and model_best is a copy of one of them."""
+
+    def script(folder: Path) -> Iterator[None]:
+        for epoch in range(3):
+            save(folder / f"checkpoint_{epoch:04d}.pth.tar", epoch, epoch=epoch + 1)
+            save(folder / "model_best.pth.tar", epoch, epoch=epoch + 1)
+            for _ in range(3):
+                yield
+
+    found, recorded = watch(script)
+    assert recorded == [0, 1, 2]
+    assert values(folder) == {0: 0.0, 1: 1.0, 2: 2.0}
+    assert found.unrecorded | found.unfinished() == {}
+
+
+def test_best_and_last_files_never_end_a_watch(watch: Any) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        save(folder / "last.ckpt", 3, epoch=3)
+        save(folder / "best.ckpt", 2, epoch=2)
+        for _ in range(4):
+            yield
+        save(folder / "epoch=3.ckpt", 3, epoch=3)  # it is recorded already, and the same
+        for _ in range(4):
+            yield
+        raise AssertionError("it does not end")
+
+    found, recorded = watch(script, until=3)
+    assert recorded == [2, 3]
+    assert found.unrecorded | found.unfinished() == {}
+
+
+def test_a_best_file_of_an_earlier_epoch_is_no_failure(watch: Any) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        for name in ("epoch=5.ckpt", "epoch=6.ckpt"):
+            save(folder / name, int(name[6]))
+        yield
+        yield
+        save(folder / "best.ckpt", 4, epoch=4)
+        for _ in range(3):
+            yield
+
+    found, recorded = watch(script)
+    assert recorded == [5, 6]
+    assert found.unrecorded | found.unfinished() == {}
+
+
+def test_a_bare_number_follows_the_form_of_the_first_file(folder: Path, watch: Any) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        (folder / "net_3.pt").write_bytes(b"PK\x03\x04")  # being written; what it will be is not known yet
+        save(folder / "ema_7.pt", 7)
+        for _ in range(3):
+            yield
+        save(folder / "net_3.pt", 3)
+        save(folder / "net_8.pt", 3)
+        save(folder / "ema_8.pt", 8)
+        save(folder / "ema_8_of_2.pt", 8)
+        for _ in range(3):
+            yield
+
+    found, recorded = watch(script)
+    assert recorded == [7, 8]
+    assert values(folder) == {7: 7.0, 8: 8.0}
+    assert found.unrecorded | found.unfinished() == {}
+
+
+def test_a_file_that_is_numbered_by_something_else_is_told(folder: Path, watch: Any) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        save(folder / "epoch_1.pt", 1)
+        yield
+        yield
+        save(folder / "iter_900.pt", 2)
+        save(folder / "epoch_2.pt", 2, epoch=9)
+        for _ in range(3):
+            yield
+
+    found, recorded = watch(script)
+    assert recorded == [1]
+    assert found.unrecorded == {
+        folder / "iter_900.pt": f"is numbered by step, {folder / 'epoch_1.pt'} by epoch, and is left out",
+        folder / "epoch_2.pt": f"{folder / 'epoch_2.pt'}: is epoch 2 by its name, the file says epoch 9; {CURE}",
+    }
+
+
+def test_a_label_says_which_number_it_is(watch: Any) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        for epoch in (9, 10):
+            save(folder / f"run7-{epoch}of20.pt", epoch)
+        save(folder / "other.pt", 11)
+        for _ in range(3):
+            yield
+
+    assert watch(script, label=r"-(\d+)of")[1] == [9, 10]
+    with pytest.raises(InputError, match="label is 'x', expected a group for the number"):
+        watch(script, label="x")
+
+
+# --- What is recorded already
+
+
+def test_another_file_of_a_recorded_epoch_is_told(folder: Path, watch: Any, tmp_path: Path) -> None:
+    for epoch in range(3):
+        save(folder / f"epoch{epoch}.pt", epoch)
+    import_checkpoints(tmp_path / "run", sorted(folder.iterdir()), fsync=False)
+    save(folder / "epoch1.pt", 7)
+
+    def script(folder: Path) -> Iterator[None]:
+        yield
+        yield
+        save(folder / "epoch2.pt", 2, anew=True)  # the same values in a file of another look
+        for _ in range(3):
+            yield
+
+    found, recorded = watch(script)
+    assert recorded == []
+    assert list(found.unrecorded) == [folder / "epoch1.pt"]
+    assert "epoch 1 is recorded already, with other values: 'w' differs" in found.unrecorded[folder / "epoch1.pt"]
+    assert values(folder) == {0: 0.0, 1: 1.0, 2: 2.0}
+
+
+def test_a_watch_that_begins_again_reads_no_unchanged_file(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        for name, epoch in (("epoch1.pt", 1), ("epoch2.pt", 2), ("last.pt", 2)):
+            save(folder / name, epoch, epoch=epoch)
+        for _ in range(4):
+            yield
+
+    def again(_: Path) -> Iterator[None]:
+        for _ in range(4):
+            yield
+
+    assert watch(script)[1] == [1, 2]
+    opened: list[str] = []
+    real = watching.open_checkpoint
+
+    def spied(path: Path, key: str | None) -> Any:
+        opened.append(path.name)
+        return real(path, key)
+
+    monkeypatch.setattr(watching, "open_checkpoint", spied)
+    assert watch(again)[1] == []
+    assert opened == ["last.pt"]  # from which nothing was recorded
+
+
+def test_a_last_file_heals_the_epoch_that_it_was(watch: Any, tmp_path: Path) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        for epoch in range(3):
+            save(folder / "last.pt", epoch, epoch=epoch)
+            for _ in range(3):
+                yield
+
+    def again(_: Path) -> Iterator[None]:
+        for _ in range(3):
+            yield
+
+    assert watch(script)[1] == [0, 1, 2]
+    (tmp_path / "run/weights/c/2/0").write_bytes(b"damaged")
+    assert repair(tmp_path / "run").bad_epochs == (2,)
+    assert watch(again)[1] == [2]
+    assert verify(tmp_path / "run", "full").sound
+
+
+# --- Torn files
+
+
+@pytest.fixture
+def torn(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of files whose values fail their check when they are read, as the CRC of one that is being written does."""
+    names: set[str] = set()
+    real = PlainTensor.values
+
+    def checked(self: PlainTensor, start: int, stop: int) -> torch.Tensor:
+        if self.file.path.name in names:
+            raise InputError(f"{self.file.path}: 'data/0' does not have its CRC; write it again")
+        return real(self, start, stop)
+
+    monkeypatch.setattr(PlainTensor, "values", checked)
+    return names
+
+
+@pytest.mark.parametrize("name", ["epoch2.safetensors", "last.safetensors"])
+def test_a_file_that_fails_its_check_is_looked_at_again(name: str, folder: Path, watch: Any, torn: set[str]) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        save(folder / "epoch1.safetensors", 1)
+        yield
+        torn.add(name)
+        save_file({"w": torch.full((300,), 9.0), "count": torch.tensor(9)}, folder / name, {"epoch": "2"})
+        save(folder / "epoch3.safetensors", 3)
+        for _ in range(4):
+            yield
+        torn.clear()
+        save_file({"w": torch.full((300,), 2.0), "count": torch.tensor(2)}, folder / name, {"epoch": "2"})
+        for _ in range(3):
+            yield
+
+    found, recorded = watch(script)
+    if name == "last.safetensors":  # a copy holds nobody up
+        assert recorded == [1, 3]
+    else:
+        assert recorded == [1, 2, 3]
+        assert values(folder) == {1: 1.0, 2: 2.0, 3: 3.0}
+    assert found.unrecorded | found.unfinished() == {}
+    assert verify(folder.parent / "run", "full").sound
+
+
+@pytest.mark.parametrize("name", ["epoch2.safetensors", "last.safetensors", "current.safetensors"])
+def test_a_file_that_fails_its_check_to_the_end_is_told_then(
+    name: str, folder: Path, watch: Any, torn: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(folder: Path) -> Iterator[None]:
+        save(folder / "epoch1.safetensors", 1)
+        torn.add(name)
+        save_file({"w": torch.full((300,), 9.0), "count": torch.tensor(9)}, folder / name, {"epoch": "2"})
+        for _ in range(100):
+            yield
+        raise AssertionError("it does not end")
+
+    found, recorded = watch(script, idle_s=70.0)
+    assert recorded == [1]
+    assert found.unrecorded == {}
+    assert list(found.unfinished()) == [folder / name]
+    assert "'data/0' does not have its CRC" in found.unfinished()[folder / name]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert open_run(folder.parent / "run").epochs.tolist() == [1]
+
+
+def test_a_file_of_a_recorded_epoch_that_cannot_be_read_is_told(
+    folder: Path, watch: Any, torn: set[str], tmp_path: Path
+) -> None:
+    save(folder / "epoch1.safetensors", 1)
+    import_checkpoints(tmp_path / "run", [folder / "epoch1.safetensors"], fsync=False)
+    save(folder / "epoch1.safetensors", 1)
+    torn.add("epoch1.safetensors")
+
+    def script(_: Path) -> Iterator[None]:
+        for _ in range(4):
+            yield
+
+    found, recorded = watch(script)
+    assert recorded == []
+    assert found.unrecorded == {}
+    assert list(found.unfinished()) == [folder / "epoch1.safetensors"]
+
+
 # --- The command
 
 
@@ -327,6 +576,15 @@ def test_the_command_watches_until_an_epoch(folder: Path, tmp_path: Path) -> Non
     found = invoke_json("record", tmp_path / "run", *options, "--until", 3, "-q")
     assert [(item["epoch"], item["new"]) for item in found["files"]] == [(3, True)]
     assert found["unrecorded"] == []
+
+
+def test_the_command_says_which_files_it_left_alone(folder: Path, tmp_path: Path) -> None:
+    for epoch in range(3):
+        torch.save({"w": torch.ones(3)}, folder / f"model_{epoch}.t7")
+    result = invoke("record", tmp_path / "run", "--watch", folder, "--interval", "0.01", "--idle", "0.1s")
+    assert "3 files were left alone, such as model_0.t7; choose checkpoints by --pattern" in result.stderr
+    options = ["--watch", folder, "--interval", "0.01", "--idle", "0.1s", "--pattern", "*.t7"]
+    assert "3 epochs recorded" in invoke("record", tmp_path / "run", *options).stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -85,6 +87,21 @@ def compiled_inside(model: Tiny) -> nn.Module:
     return model
 
 
+def once(module: nn.Module, *args: Any) -> Any:
+    """Instead of a checkpoint's two forward passes, which would count twice in BatchNorm's statistics."""
+    return module(*args)
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    return checkpoint_wrapper(model, checkpoint_fn=once)
+
+
+def checkpointed_inside(model: Tiny) -> nn.Module:
+    model.inner[1] = checkpointed(model.inner[1])
+    model.inner = checkpointed(model.inner)  # type: ignore[assignment]
+    return model
+
+
 WRAPPERS: dict[str, Callable[[Tiny], nn.Module]] = {
     "DataParallel": DataParallel,
     "DistributedDataParallel": DistributedDataParallel,
@@ -92,6 +109,8 @@ WRAPPERS: dict[str, Callable[[Tiny], nn.Module]] = {
     "AveragedModel": AveragedModel,
     "wrappers of wrappers": lambda model: compiled(DistributedDataParallel(compiled(AveragedModel(model)))),
     "wrapped submodules": compiled_inside,
+    "activation checkpointing": checkpointed,
+    "checkpointed submodules": checkpointed_inside,
 }
 
 
@@ -126,10 +145,15 @@ def test_a_dtensor_in_a_checkpoint_is_refused() -> None:
 
 def one_of_two(rank: int, folder: Path) -> None:
     init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=2)
-    for kind in ("sharded", "ddp"):
+    for kind in ("sharded", "fsdp1", "fsdp1 on rank 0", "ddp"):
         model: nn.Module = tiny()
         if kind == "sharded":
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        elif kind.startswith("fsdp1"):
+            model.inner = checkpointed(model.inner)
+            model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+            on_rank_0 = FullStateDictConfig(rank0_only=kind != "fsdp1")
+            FullyShardedDataParallel.set_state_dict_type(model, StateDictType.FULL_STATE_DICT, on_rank_0)
         else:
             model = DistributedDataParallel(model)
         for first in (0, 2):  # the second time, it is continued
@@ -146,6 +170,13 @@ def one_of_two(rank: int, folder: Path) -> None:
                     said = str(error)
                 refused = f"epoch {epoch} is recorded already"
                 assert refused in said if rank == 0 or kind == "sharded" else not said
+        if kind == "fsdp1":
+            FullyShardedDataParallel.set_state_dict_type(model, StateDictType.SHARDED_STATE_DICT)
+            with pytest.raises(
+                LayoutError, match=r"is a ShardedTensor, .*; call FSDP.set_state_dict_type\(model, State"
+            ):
+                Recorder(model, folder / "parts")
+            continue
         with pytest.raises(TrajkitError, match="expected a run or an empty folder, found 'mine'"):
             Recorder(model, folder / "occupied")
     if rank == 0:  # as many write it
@@ -168,5 +199,7 @@ def test_two_processes_leave_the_run_that_one_leaves_bit_for_bit(tmp_path: Path)
     assert (tmp_path / "1.json").exists()
     assert_same_run(tmp_path / "ddp", tmp_path / "plain")
     assert_same_run(tmp_path / "sharded", tmp_path / "plain")
+    assert_same_run(tmp_path / "fsdp1", tmp_path / "plain")
+    assert_same_run(tmp_path / "fsdp1 on rank 0", tmp_path / "plain")
     assert open_run(tmp_path / "sharded").metrics == open_run(tmp_path / "plain").metrics
     assert open_run(tmp_path / "alone").layout == open_run(tmp_path / "plain").layout

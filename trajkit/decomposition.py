@@ -17,6 +17,7 @@ from .kernels.components import components_of_equal_storage, storage_bytes
 from .kernels.functionals import Functional
 from .kernels.model import model
 from .store.fits import StoredFit
+from .store.origin import Origin
 from .tensors import to_tensors
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ class Decomposition:
         """Everything that was chosen: modes, samples, sampling, seed, and the version of trajkit."""
         settings: Mapping[str, Any] = self.stored.attributes["settings"]
         return settings
+
+    @property
+    def origin(self) -> Origin | None:
+        """The run and the content of the epochs that it was made of; None in fits of older versions."""
+        return self.stored.origin
 
     @property
     def n_modes(self) -> int:

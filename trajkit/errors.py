@@ -21,6 +21,10 @@ class UnknownNameError(TrajkitError, LookupError):
     """A run has no such epoch, tensor, fit or evaluation."""
 
 
+class TornFileError(InputError):
+    """The values of a checkpoint cannot be read: it ends too early, fails a checksum, or was changed meanwhile."""
+
+
 class LayoutError(InputError):
     """Tensors do not match the layout of the run they are meant for."""
 

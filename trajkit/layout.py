@@ -243,8 +243,8 @@ def stub_warning(layout: ParameterLayout) -> str | None:
         return None
     has = "has" if len(layout.stubs) == 1 else "have"
     return (
-        f"{listed(layout.stubs)} {has} shape (0,), as DeepSpeed's ZeRO-3 leaves parameters whose values are elsewhere:"
-        f" these weights are not recorded; {CONSOLIDATE}"
+        f"{listed(layout.stubs)} {has} shape (0,) and no values, as DeepSpeed's ZeRO-3 leaves parameters that it keeps"
+        f" elsewhere; {CONSOLIDATE}"
     )
 
 
@@ -300,8 +300,8 @@ def _without_weights(entries: list[TensorEntry]) -> str:
     """Return the message on a model whose weights have no values."""
     if any(entry.kind == "weight" and entry.shape == STUB for entry in entries):
         return (
-            "the model has no weights: all of them have shape (0,), as DeepSpeed's ZeRO-3 leaves parameters whose"
-            f" values are elsewhere; {CONSOLIDATE}"
+            "the model has no weights: all of them have shape (0,), as DeepSpeed's ZeRO-3 leaves parameters that it"
+            f" keeps elsewhere; {CONSOLIDATE}"
         )
     return "the model has no weights, expected at least one parameter; nothing to record"
 

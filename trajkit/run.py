@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,34 +20,44 @@ from .errors import InputError, UnknownNameError
 from .layout import ParameterLayout, TensorEntry
 from .replay import OnlineDecomposition
 from .store.archive import Archive
-from .store.evaluations import Evaluation, read_evaluations
-from .store.fits import fit_names, open_fit
+from .store.evaluations import Evaluation
 from .store.forecast import Forecast, forecast
 from .store.format import PROBE, WEIGHTS, buffer_path
 from .store.pieces import WeightSource as WeightSource
 from .store.place import PathLike as PathLike
 from .store.probe import draw_probe
+from .store.results import Results, results_beside
+from .store.sources import Source
 from .store.writer import EpochValues, open_writer
 from .tensors import to_tensors
 from .trajectories import Trajectories
 
 NonFinite = Literal["raise", "record"]
 
+RESULTS_VARIABLE = "TRAJKIT_RESULTS"
+"""Name of the environment variable with the folder in which the results of runs are kept."""
 
-def open_run(path: PathLike) -> Run:
+
+def open_run(path: PathLike, results: PathLike | None = None) -> Run:
     """Open the run in a directory, or at a URL such as ``s3://bucket/run``, for reading.
 
     Epochs that are recorded later are seen by opening it again.
 
+    results: a folder, or a URL, in which fits and evaluations of the run are kept instead of in the run itself, which
+        may be one that can only be read; by default the folder that TRAJKIT_RESULTS names, if any. Several runs can
+        share it. Results that are saved in the run are read all the same.
+
     Raises `RunNotFoundError` where there is no run or no epoch yet, `UnsupportedFormatError` for another format,
     `DamagedRunError` where its metadata is damaged.
     """
-    return Run(Archive.open(path))
+    return Run(Archive.open(path), results or os.environ.get(RESULTS_VARIABLE) or None)
 
 
-def as_run(run: Run | PathLike) -> Run:
-    """Return a run as it is, and the one at a path or URL opened."""
-    return run if isinstance(run, Run) else open_run(run)
+def as_run(run: Run | PathLike, results: PathLike | None = None) -> Run:
+    """Return the run, opened where it is a path; `results` as for `open_run`."""
+    if not isinstance(run, Run):
+        return open_run(run, results)
+    return run if results is None else Run(run.archive, results)
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,8 @@ class Run:
     """The recorded trajectory of one training: E epochs of N weights, and the buffers beside them."""
 
     archive: Archive
+    results_folder: PathLike | None = None
+    """Folder or URL beside the run in which its results are kept; None where they are kept in the run."""
 
     def __repr__(self) -> str:
         return f"Run('{self.path}', {len(self.epochs)} epochs, {self.layout.n_weights} weights)"
@@ -182,14 +195,26 @@ class Run:
         empty = {entry.name: np.empty(entry.shape, entry.vector) for entry in self.layout.buffers if entry.size == 0}
         return arrays | empty
 
+    @cached_property
+    def results(self) -> Results:
+        """Where fits and evaluations of the run are."""
+        archive = self.archive
+        folder, run = self.results_folder, archive.objects
+        beside = None if folder is None else results_beside(folder, run, archive.lineage)
+        return Results(run, beside, archive.layout, archive.lineage)
+
     @property
     def fits(self) -> tuple[str, ...]:
         """Names of the saved fits, in order of name."""
-        return fit_names(self.archive.objects)
+        return self.results.fit_names
 
     def fit(self, name: str) -> Decomposition:
-        """A saved fit; raises `UnknownNameError` naming those that exist."""
-        stored = open_fit(self.archive.objects, name, self.layout)
+        """Open a saved fit.
+
+        Raises `UnknownNameError` naming those that exist, `DamagedRunError` for one that is damaged, or that was made
+        of another run or of other weights than the run has.
+        """
+        stored = self.results.fit(name)
         return (OnlineDecomposition if stored.attributes["settings"].get("online") else Decomposition)(self, stored)
 
     def average(
@@ -215,8 +240,8 @@ class Run:
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """The saved evaluations, oldest first."""
-        return read_evaluations(self.archive.objects)
+        """The saved evaluations, oldest first; raises `DamagedRunError` as `fit` does."""
+        return self.results.evaluations
 
     @property
     def size_bytes(self) -> int:
@@ -328,6 +353,10 @@ class RunWriter:
         Raises `InputError` unless the values are bit for bit those that were recorded.
         """
         return self._writer.heal(layout, EpochValues(_label(epoch, "epoch"), weights, buffers, {}), self._probe_index)
+
+    def keep_source(self, source: Source) -> None:
+        """Keep which checkpoint a recorded epoch came from, so that it is not read again while it looks the same."""
+        self._writer.keep_source(source)
 
     def require_next(self, epoch: int) -> int:
         """`epoch` as an integer, if it can be recorded next; raises `InputError`."""

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .errors import InputError, LayoutError
-from .layout import ParameterLayout, TensorEntry
+from .layout import ParameterLayout, TensorEntry, require_floating
 
 # How BatchNorm's statistics are told from weights in a checkpoint file, which does not say what is a parameter.
 BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+# Parts of names that wrappers add: DataParallel and its kin, torch.compile, activation checkpointing, FSDP and Opacus.
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_module")
+
+EXTRA_STATE = "_extra_state"
+"""Last part of the name under which a state dict holds what `torch.nn.Module.get_extra_state` gives."""
 
 SPREAD = "is a DTensor, spread over processes; gather it with full_tensor()"
 
 Vectors = tuple[NDArray[np.float32], dict[str, NDArray[Any]]]
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of all that `model.state_dict()` holds, uncopied.
+def layout_of(tensors: Mapping[str, Tensor], parameters: Mapping[str, bool] | None = None) -> ParameterLayout:
+    """Return the layout of named tensors: floating parameters are weights, everything else are buffers.
 
-    Raises `LayoutError` for state that is no tensor.
-    """
-    state: dict[str, Any] = model.state_dict(keep_vars=True)
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise LayoutError(
-                f"'{name}' is a {type(value).__name__}, expected a tensor; leave it out of the model's state_dict"
-            )
-    return state
+    parameters: Name -> whether it is trained. Without, as with checkpoint files, every floating tensor is a weight that
+        is not BatchNorm's by its name.
 
-
-def layout_of(tensors: Mapping[str, Tensor], parameters: Collection[str] | None = None) -> ParameterLayout:
-    """The layout of named tensors: floating `parameters` are weights, everything else are buffers.
-
-    Without `parameters`, as with checkpoint files, every floating tensor is a weight that is not BatchNorm's by its
-    name. Tensors that share memory are tied: the first name holds the values, the others are its aliases. A tensor that
-    is spread over processes has the shape of the whole. Raises `LayoutError` naming a tensor that cannot be recorded.
+    Tensors that share memory are tied: the first name holds the values, the others are its aliases. A tensor that is
+    spread over processes has the shape of the whole. Raises `LayoutError` naming a tensor that cannot be recorded.
     """
     tied: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
@@ -50,17 +44,23 @@ def layout_of(tensors: Mapping[str, Tensor], parameters: Collection[str] | None 
 
     def entry(names: list[str]) -> TensorEntry:
         name, tensor = names[0], tensors[names[0]]
-        listed = name in parameters if parameters is not None else name.rpartition(".")[2] not in BUFFER_NAMES
+        if parameters is None:
+            listed, trainable = name.rpartition(".")[2] not in BUFFER_NAMES, True
+        else:  # a buffer that is tied to a parameter is trained with it
+            listed = any(name in parameters for name in names)
+            trainable = any(parameters.get(name, False) for name in names)
         return TensorEntry(
             name=name,
             shape=tuple(tensor.shape),
             dtype=_dtype(tensor),
             kind="weight" if listed and tensor.is_floating_point() else "buffer",
-            trainable=tensor.requires_grad or parameters is None,
+            trainable=trainable,
             aliases=tuple(names[1:]),
         )
 
-    return ParameterLayout.of(entry(names) for names in tied.values())
+    entries = [entry(names) for names in tied.values()]
+    require_floating([found for found in entries if parameters is not None and found.name in parameters])
+    return ParameterLayout.of(entries)
 
 
 def flatten(layout: ParameterLayout, tensors: Mapping[str, Tensor]) -> Vectors:
@@ -96,12 +96,17 @@ def is_spread(tensor: Tensor) -> bool:
 
 
 def identity(name: str, tensor: Tensor) -> Any:
-    """Equal for tensors that are the same view of the same memory."""
+    """Return what is equal for tensors that are the same view of the same memory."""
     if tensor.numel() == 0:
         return name
     if is_spread(tensor):  # its part here may be empty, and every process has to find the same ones
         return id(tensor)
-    pointer = tensor.untyped_storage().data_ptr()
+    try:
+        pointer = tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a subclass that has no memory of its own
+        pointer = 0
+    if pointer == 0:
+        return id(tensor)
     return tensor.device, pointer, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
@@ -123,11 +128,22 @@ def refusal(tensor: Tensor) -> str | None:
         ("is on the meta device and has no values", tensor.is_meta, "load the weights first"),
         ("is quantised", tensor.is_quantized, "record the model before quantisation"),
         (f"is {tensor.layout}", tensor.layout != torch.strided, "make it dense"),
+        ("has no memory, which was freed", _is_freed(tensor), "record while its values are there"),
         ("is complex", tensor.is_complex(), "record torch.view_as_real of it"),
     ):
         if refused:
             return f"{found}, expected a dense real tensor with values; {cure}"
     return None
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Return whether the memory of a tensor was given back, as FSDP does it: to read it ends the process."""
+    if is_lazy(tensor) or tensor.is_meta or is_spread(tensor) or tensor.numel() == 0:
+        return False
+    try:
+        return tensor.untyped_storage().nbytes() == 0
+    except (RuntimeError, NotImplementedError):  # of a layout, a class or a device that has no plain memory
+        return False
 
 
 def require_exact(name: str, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ from ..documents import parse, require_fields, require_kind, require_size
 from ..errors import InputError
 from .distributed import METADATA, open_distributed
 from .files import open_file
-from .naming import GLOBAL_STEP, natural, number_in
+from .naming import GLOBAL_STEP, natural, number_in, said_in
 from .safetensors_format import is_safetensors
 from .stored import Checkpoint, StoredFile, StoredTensor, inside
 
@@ -21,7 +21,7 @@ WEIGHTS_NAMES = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_m
 SUFFIXES = (".safetensors", f".safetensors{INDEX}", ".bin", f".bin{INDEX}")
 
 # Of files that are checkpoints of their own, for hints only: what a file is, its content says.
-FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pth.tar", ".pt.tar", ".ckpt.tar")
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -49,7 +49,7 @@ def open_folder(folder: Path, key: str | None = None) -> Checkpoint:
         found = open_index(path, key)
     else:
         found = open_file(path, key)
-    return _dated(Checkpoint(folder, found.tensors, found.epoch, found.step), folder)
+    return _dated(replace(found, path=folder), folder)
 
 
 def open_index(path: Path, key: str | None = None) -> Checkpoint:
@@ -117,9 +117,13 @@ def _dated(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         raise
     except ValueError:
         return checkpoint
-    return replace(checkpoint, epoch=step if checkpoint.epoch is None else checkpoint.epoch, step=step)
+    if step is None:
+        return checkpoint
+    own = replace(checkpoint.own, step=said_in({GLOBAL_STEP: step}).step)
+    return replace(checkpoint, epoch=step if checkpoint.epoch is None else checkpoint.epoch, step=step, own=own)
 
 
 def _hint(folder: Path) -> str:
-    inner = sorted((path for path in folder.iterdir() if path.is_dir() or path.suffix in FILE_SUFFIXES), key=natural)
+    seen = (path for path in folder.iterdir() if path.is_dir() or path.name.endswith(FILE_SUFFIXES))
+    inner = sorted(seen, key=natural)
     return f"; it holds such as {inner[0].name}, give these one by one" if inner else "; check the name"

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError, placed
+from ..layout import stub_warning
 from ..run import NonFinite, PathLike, RunWriter
-from .naming import by_epoch, epoch_in_name, natural
+from ..store.sources import Look
+from .asked import Epochs, asked_labels, require_paths, require_pattern
+from .comparing import RecordedEpochs
+from .labels import By, Evidence, Label, Labelled, label_all
+from .looks import look_at, may_change_unseen
+from .naming import Said
 from .reading import open_checkpoint
+from .refs import Refs
 from .selecting import EVERYTHING, Arranged, Selection, arrange
 from .stored import Checkpoint
 from .streaming import StreamedWeights, read_buffers
 
 logger = logging.getLogger("trajkit")
 
+HOW: Mapping[By, str] = {
+    "name": "",
+    "given": "",
+    "content": ", by what it says",
+    "number": ", by the number in its name",
+}
+
 
 @dataclass(frozen=True)
 class Imported:
     """A checkpoint and the epoch it is recorded as.
 
-    `new` is False where that epoch was recorded before; `healed` is True where it was damaged and this put it right;
-    `lost` is True where it is damaged and cannot be put right, since its commit record is lost.
+    `new` is False where that epoch was recorded before, from the same values; `healed` is True where it was damaged and
+    this put it right; `lost` is True where it is damaged and cannot be put right, since its commit record is lost. `by`
+    says what the epoch comes from: a word of time in a ``name``, the ``content``, a bare ``number``, or what was
+    ``given``.
     """
 
     path: Path
@@ -31,41 +47,74 @@ class Imported:
     new: bool
     healed: bool = False
     lost: bool = False
+    by: By = "name"
+
+    @property
+    def writes(self) -> bool:
+        """Whether recording it changes the run."""
+        return self.new or self.healed
+
+    def __str__(self) -> str:
+        if self.new:
+            state = ""
+        elif self.healed:
+            state = ", heals it"
+        else:
+            state = ", is damaged beyond healing" if self.lost else ", recorded already"
+        return f"epoch {self.epoch}: {self.path}{HOW[self.by]}{state}"
 
 
 def import_checkpoints(
     run: PathLike,
-    files: Sequence[PathLike],
+    files: Iterable[PathLike],
     first_epoch: int | None = None,
     fsync: bool = True,
     nonfinite: NonFinite = "raise",
     progress: Callable[[Imported], None] | None = None,
     select: Selection = EVERYTHING,
+    *,
+    label: str | None = None,
+    epochs: Epochs | None = None,
+    dry_run: bool = False,
 ) -> list[Imported]:
-    """Record checkpoints, files or folders, into a run, which is made if there is none; epochs recorded already are
-    skipped, and bad ones are healed.
+    """Record checkpoints, files or folders, into a run, which is made if there is none.
 
-    first_epoch: number the files from here on in natural order of their names; by default an epoch is the number in
-    the file's name, see `epoch_in_name`, or where that has none, the epoch or step that the file says of itself.
-    progress: called after each file. select: which of the tensors are recorded.
+    The epoch of a file follows from its name or its content by the rule of `trajkit.checkpoints.labels`, unless one of
+    these is given. label: a regular expression whose group 1 is the number. epochs: the epoch of each file, in the
+    order of the files or by file; an integer for one file. first_epoch: number the files from here on, in the natural
+    order of their names and folders.
 
-    The global step that a file says is recorded too, unless the run began without one, or files are numbered.
+    An epoch that is recorded already has to have the same values in the file; one that is marked as bad is healed. The
+    global step that a file says is recorded too, unless the run began without one, or the files are numbered.
 
-    Raises `InputError` or `LayoutError` naming the file that cannot be recorded; the files before it are.
+    progress: called after each file. select: which of the tensors are recorded. dry_run: write nothing, and return what
+    would become of each file. What becomes of each file is logged before anything is written.
+
+    Raises `InputError` or `LayoutError`, before anything is written, naming the files whose epoch is not clear, that
+    are no checkpoints, or that differ from what is recorded. A file that turns out not to fit as it is written is
+    named, and the files before it are recorded.
     """
-    paths = [Path(file) for file in files]
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: no such file, expected a checkpoint; check the name")
-    epochs = _numbered(paths, first_epoch, select)
-    done: list[Imported] = []
+    paths, refs = require_paths(files), Refs()
+    asked = asked_labels(paths, first_epoch, require_pattern(label), epochs, refs)
+    recorded = RecordedEpochs(run, select)
+    found = _labelled(paths, asked, recorded, select, refs)
+    if dry_run or found.problems:
+        return _planned(found, recorded, select, progress).items
     with RunWriter(run, fsync=fsync, nonfinite=nonfinite) as writer:
-        importer = Importer(writer, select, steps=first_epoch is None, planned=len({*writer.epochs, *epochs}))
-        for epoch, path in epochs.items():
-            done.append(importer.record(path, epoch))
-            if progress is not None:
-                progress(done[-1])
-    return done
+        if recorded.epochs != set(writer.epochs):  # another process has recorded meanwhile
+            recorded = RecordedEpochs(run, select)
+        plan = _planned(found, recorded, select, progress)
+        epochs_after = recorded.epochs | {item.epoch for item in plan.items}
+        importer = Importer(writer, select, recorded, steps=first_epoch is None, planned=len(epochs_after))
+        for item, look, said in plan.compared:
+            importer.keep(item, look, said)
+        for item in plan.items:
+            if item.writes:
+                look = look_at(item.path)
+                importer.record(item, open_checkpoint(item.path, select.key), look)
+                if progress is not None:
+                    progress(item)
+    return plan.items
 
 
 class Importer:
@@ -75,50 +124,50 @@ class Importer:
     the run will have, for a forecast of its size before the first one is recorded.
     """
 
-    def __init__(self, writer: RunWriter, select: Selection, steps: bool = True, planned: int = 0) -> None:
-        self.writer, self.select = writer, select
+    def __init__(
+        self, writer: RunWriter, select: Selection, recorded: RecordedEpochs, steps: bool = True, planned: int = 0
+    ) -> None:
+        self.writer, self.select, self.recorded = writer, select, recorded
         self._steps, self._planned = steps, planned
         self._has_begun = False
+        self._said: set[str] = set()
 
-    def record(self, path: Path, epoch: int, checkpoint: Checkpoint | None = None) -> Imported:
-        """Record one checkpoint unless its epoch is recorded already, and heal it where that is damaged.
+    def record(self, item: Imported, checkpoint: Checkpoint, look: Look | None) -> None:
+        """Record a checkpoint, or heal its epoch with it. look: the one that it had before it was opened."""
+        with placed(str(item.path)):
+            self._record(item, checkpoint)
+        self.recorded.add(item.epoch)
+        self.keep(item, look, checkpoint.said)
 
-        checkpoint: the one at the path, where it is open already.
-        """
+    def keep(self, item: Imported, look: Look | None, said: Said) -> None:
+        """Keep what a checkpoint looked like whose values are those of its epoch, unless it has changed since."""
+        if look is not None and look == look_at(item.path) and not may_change_unseen(look):
+            self.writer.keep_source(self.recorded.source(item.path, item.epoch, look, said))
+
+    def _record(self, item: Imported, checkpoint: Checkpoint) -> None:
         writer = self.writer
-        imported = Imported(
-            path, epoch, epoch not in writer.epochs, epoch in writer.healable_epochs, epoch in writer.lost_epochs
-        )
-        if imported.lost:
-            logger.warning(
-                "%s: epoch %s is damaged and its commit record is lost, %s cannot heal it;"
-                " restore the record from a copy, or record into a new run",
-                writer.path,
-                epoch,
-                path,
-            )
-        if imported.new:
-            writer.require_next(epoch)
-        if imported.new or imported.healed:
-            self._record(imported, checkpoint or open_checkpoint(path, self.select.key))
-        return imported
+        with placed(f"{writer.path}: epoch {item.epoch}"):
+            arranged = arrange(checkpoint, self.select, writer.layout)
+            self._say(item.path, arranged)
+            buffers = read_buffers(arranged)
+        weights = StreamedWeights(arranged)
+        if item.healed:
+            writer.heal(arranged.layout, item.epoch, weights, buffers)
+            return
+        step = checkpoint.step if self._steps and (writer.has_steps or not writer.epochs) else None
+        self._announce(arranged, step)
+        writer.append(arranged.layout, item.epoch, weights, buffers, step=step)
 
-    def _record(self, imported: Imported, checkpoint: Checkpoint) -> None:
-        writer = self.writer
-        with placed(str(imported.path)):
-            with placed(f"{writer.path}: epoch {imported.epoch}"):
-                arranged = arrange(checkpoint, self.select, writer.layout)
-                buffers = read_buffers(arranged)
-            weights = StreamedWeights(arranged)
-            if not imported.new:
-                writer.heal(arranged.layout, imported.epoch, weights, buffers)
-                return
-            step = checkpoint.step if self._steps and (writer.has_steps or not writer.epochs) else None
-            self._announce(arranged, step)
-            writer.append(arranged.layout, imported.epoch, weights, buffers, step=step)
+    def _say(self, path: Path, arranged: Arranged) -> None:
+        """Say once what was done to names or left out, and which weights have no values."""
+        warning = stub_warning(arranged.layout)
+        for level, said in [(logging.INFO, remark) for remark in arranged.remarks] + [(logging.WARNING, warning)]:
+            if said is not None and said not in self._said:
+                self._said.add(said)
+                logger.log(level, "%s: %s", path, said)
 
     def _announce(self, arranged: Arranged, step: int | None) -> None:
-        """Say what will be recorded, before the first checkpoint is."""
+        """Log what will be recorded, before the first checkpoint is."""
         if self._has_begun:
             return
         self._has_begun = True
@@ -128,28 +177,100 @@ class Importer:
         logger.info("%s: %s", self.writer.path, self.writer.forecast(arranged.layout, planned, step is not None))
 
 
-def _numbered(paths: Sequence[Path], first_epoch: int | None, select: Selection) -> dict[int, Path]:
-    """Epoch -> file, rising."""
-    if first_epoch is not None:
-        return dict(enumerate(sorted(paths, key=natural), start=first_epoch))
-    named = by_epoch({path: epoch for path in paths if (epoch := epoch_in_name(path)) is not None})
-    for path in paths:
-        if path in named.values():
-            continue
-        epoch = _own_epoch(path, select)
-        if epoch in named:  # such as the last.ckpt beside the others
-            logger.info("%s: left out, it says that it is epoch %s, as %s is", path, epoch, named[epoch])
-        else:
-            named[epoch] = path
-    return dict(sorted(named.items()))
-
-
-def _own_epoch(path: Path, select: Selection) -> int:
-    """What a checkpoint without a number in its name says of itself."""
-    epoch = open_checkpoint(path, select.key).epoch
-    if epoch is None:
-        raise InputError(
-            f"{path}: expected the epoch's number in the name, or in the file as epoch or step, found none;"
-            " number with --first-epoch"
+def state_of(path: Path, label: Label, recorded: RecordedEpochs) -> Imported:
+    """Return what becomes of a checkpoint in a run that has recorded these epochs."""
+    epoch = label.epoch
+    new, healed, lost = epoch not in recorded.epochs, epoch in recorded.healable, epoch in recorded.lost
+    if lost:
+        logger.warning(
+            "%s: epoch %s is damaged and its commit record is lost, %s cannot heal it;"
+            " restore the record from a copy, or record into a new run",
+            recorded.path,
+            epoch,
+            path,
         )
-    return epoch
+    return Imported(path, epoch, new, healed, lost, label.by)
+
+
+def evidence_of(path: Path, recorded: RecordedEpochs, select: Selection, refs: Refs) -> Evidence:
+    """Return what speaks for a checkpoint's epoch; it is opened, unless it looks as it did when it was recorded."""
+    said = recorded.said(look_at(path))
+    if said is None:
+        said = open_checkpoint(path, select.key).said
+    return Evidence.of(path, refs.named(path), said)
+
+
+def _labelled(
+    paths: Sequence[Path], asked: dict[Path, Label] | None, recorded: RecordedEpochs, select: Selection, refs: Refs
+) -> Labelled:
+    """Return the labels of all files that are checkpoints, and what is wrong with the others."""
+    files: list[Evidence] = []
+    problems: list[InputError] = []
+    for path in paths:
+        try:
+            files.append(evidence_of(path, recorded, select, refs))
+        except InputError as error:
+            problems.append(error)
+    if asked is None:
+        found = label_all(files, recorded.next_epoch)
+    else:
+        opened = {file.path for file in files}
+        found = Labelled({path: label for path, label in asked.items() if path in opened})
+    found.problems[:0] = problems
+    return found
+
+
+@dataclass
+class _Plan:
+    """What becomes of each file, and the files that were compared with their recorded epochs, with their looks."""
+
+    items: list[Imported] = field(default_factory=list)
+    compared: list[tuple[Imported, Look | None, Said]] = field(default_factory=list)
+
+
+def _planned(
+    found: Labelled,
+    recorded: RecordedEpochs,
+    select: Selection,
+    progress: Callable[[Imported], None] | None,
+) -> _Plan:
+    """Return what becomes of each file, and log it; those of recorded epochs are compared.
+
+    Raises `InputError` naming all that have a problem already, differ from what is recorded, or come too late.
+    """
+    plan, problems = _Plan(), list(found.problems)
+    for path, label in found.labels.items():
+        item = state_of(path, label, recorded)
+        plan.items.append(item)
+        try:
+            if item.new:
+                with placed(str(path)):
+                    recorded.require_next(item.epoch)
+            elif not item.writes and not item.lost and not recorded.is_unchanged(item.epoch, look := look_at(path)):
+                plan.compared.append(
+                    (item, look, require_same(item, open_checkpoint(path, select.key), recorded, select))
+                )
+        except InputError as error:
+            problems.append(error)
+        if progress is not None and not item.writes:
+            progress(item)
+    _raise(problems)
+    for item in plan.items:
+        logger.info("%s", item)
+    return plan
+
+
+def require_same(item: Imported, checkpoint: Checkpoint, recorded: RecordedEpochs, select: Selection) -> Said:
+    """Compare a checkpoint with its recorded epoch, and return what it says; raises `InputError` where they differ."""
+    with placed(str(item.path)):
+        recorded.require_same(item.epoch, checkpoint, select)
+    return checkpoint.said
+
+
+def _raise(problems: Sequence[InputError]) -> None:
+    """Raise one problem as it is, and several as one error that lists them."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise InputError(f"{len(problems)} checkpoints cannot be recorded, and nothing is written:\n{lines}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .naming import EPOCH, GLOBAL_STEP, number_in
+from .naming import EPOCH, GLOBAL_STEP, number_in, said_in
 from .stored import Checkpoint, StoredTensor
 
 # Where trainers keep the weights. Lightning's weight averaging puts the average under state_dict while it fits, and the
@@ -35,7 +35,7 @@ def checkpoint_in(path: Path, tree: Any, as_tensor: AsTensor, key: str | None = 
             f"{path}: expected a state dict of named tensors, alone or {where}, found {_shown(begin, tree, as_tensor)};"
             " save model.state_dict(), or say where it is (--key)"
         )
-    return Checkpoint(path, tensors, number_in(tree, *EPOCH), number_in(tree, GLOBAL_STEP))
+    return Checkpoint(path, tensors, number_in(tree, *EPOCH), number_in(tree, GLOBAL_STEP), said_in(tree))
 
 
 def require_held(path: Path, places: Iterable[tuple[str, StoredTensor, int, Hashable, int]]) -> None:

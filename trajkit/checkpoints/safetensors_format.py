@@ -10,7 +10,7 @@ from typing import Any
 from ..documents import parse, require_fields, require_kind
 from ..errors import InputError
 from ..layout import ITEMSIZE, MOST_DIMENSIONS
-from .naming import EPOCH, GLOBAL_STEP, number_in
+from .naming import EPOCH, GLOBAL_STEP, number_in, said_in
 from .stored import Checkpoint, PlainTensor, StoredFile
 from .writing_safetensors import SAFETENSORS_DTYPE
 
@@ -51,7 +51,8 @@ def open_safetensors(file: StoredFile) -> Checkpoint:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file.path}: damaged safetensors file ({error}); write it again") from error
-    return Checkpoint(file.path, tensors, number_in(metadata, *EPOCH), number_in(metadata, GLOBAL_STEP))
+    own = said_in(metadata)
+    return Checkpoint(file.path, tensors, number_in(metadata, *EPOCH), number_in(metadata, GLOBAL_STEP), own)
 
 
 def _tensors(file: StoredFile, header: dict[str, Any], begin: int) -> dict[str, PlainTensor]:

@@ -9,13 +9,20 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from ..errors import InputError, LayoutError
-from ..layout import FLOATING, ParameterLayout, TensorEntry
-from ..vector import BUFFER_NAMES
+from ..errors import InputError, LayoutError, listed
+from ..layout import FLOATING, ParameterLayout, TensorEntry, differing_names, require_floating
+from ..vector import BUFFER_NAMES, EXTRA_STATE
+from .matching import (
+    Match,
+    Prefix,
+    counters,
+    is_whole,
+    match_names,
+    nearest_prefix,
+    plain_names,
+    prefixes_to_choose,
+)
 from .stored import Checkpoint, StoredTensor
-
-# What DistributedDataParallel and torch.compile put before every name.
-WRAPPERS = ("module.", "_orig_mod.")
 
 PIECE = 4 << 20
 """Values of two copies that are compared at a time."""
@@ -45,68 +52,112 @@ class Arranged:
     """What is recorded of a checkpoint: a layout, and the stored tensor of each of its entries, by the entry's name.
 
     tells_trainable: whether the file, or the run, knows which weights are trained.
+    remarks: What was done to names, or left out, that nobody asked for.
     """
 
     layout: ParameterLayout
     tensors: Mapping[str, StoredTensor]
     tells_trainable: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 def arrange(checkpoint: Checkpoint, selection: Selection, known: ParameterLayout | None) -> Arranged:
-    """The selected tensors, in the order and with the ties of the run's layout where there is one.
+    """Return the selected tensors, in the order and with the names and ties of the run's layout where there is one.
 
-    Raises `LayoutError` naming a tensor that cannot be recorded, or copies that differ where the run has them tied, and
-    `InputError` where nothing is selected.
+    Raises `LayoutError` naming a tensor that cannot be recorded, copies that differ where the run has them tied, or a
+    prefix by which the names differ from the run's, and `InputError` where nothing is selected.
     """
-    tensors = _selected(_unwrapped(checkpoint.tensors, known), selection, known)
+    tensors, remarks = _selected(checkpoint.tensors, selection, known)
     for name, tensor in tensors.items():
         if tensor.refused is not None:
             raise LayoutError(f"'{name}' {tensor.refused}")
     groups = _tied(tensors) if known is None else _tied_as(known, tensors)
-    parameters = None if known is None else {name for entry in known.weights for name in entry.names}
     knows_frozen = any(tensor.trainable for tensor in tensors.values())
     entries = [
         TensorEntry(
             name=names[0],
             shape=tensor.shape,
             dtype=tensor.dtype,
-            kind="weight" if _is_weight(names[0], tensor, parameters) else "buffer",
+            kind="weight" if _is_weight(names[0], tensor, known) else "buffer",
             trainable=bool(tensor.trainable) or not knows_frozen,
             aliases=names[1:],
         )
         for names, tensor in groups
     ]
+    if known is None:
+        require_floating(entries)
     stored = {names[0]: tensor for names, tensor in groups}
-    return Arranged(ParameterLayout.of(entries), stored, known is not None or knows_frozen)
-
-
-def _unwrapped(tensors: Mapping[str, StoredTensor], known: ParameterLayout | None) -> dict[str, StoredTensor]:
-    """The tensors by the names that they have in the model itself, unless the run knows them by the longer ones."""
-    found = dict(tensors)
-    while prefix := next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in found)), None):
-        if not found or (known is not None and any(name in known for name in found)):
-            break
-        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    return found
+    return Arranged(ParameterLayout.of(entries), stored, known is not None or knows_frozen, remarks)
 
 
 def _selected(
     tensors: Mapping[str, StoredTensor], selection: Selection, known: ParameterLayout | None
-) -> dict[str, StoredTensor]:
-    def is_selected(name: str, tensor: StoredTensor) -> bool:
-        matches = not selection.include or any(fnmatchcase(name, pattern) for pattern in selection.include)
-        if not matches or any(fnmatchcase(name, pattern) for pattern in selection.exclude):
-            return False
-        return not selection.trainable_only or _is_trainable(name, tensor, known, says)
-
+) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Return the selected tensors by their names in the run, and what is to be said of it."""
+    extra = {name for name in tensors if _is_extra(name) and not (known is not None and name in known)}
+    averaged = _averaged(tensors, known)
+    candidates = [name for name in tensors if name not in extra | averaged]
+    plain = plain_names(candidates, averaged)
+    match = Match(plain, frozenset()) if known is None else match_names(candidates, known, averaged)
+    chosen = [name for name in candidates if _is_chosen(selection, plain[name], match.names[name])]
+    if known is not None and not is_whole(match, known):  # a prefix may be that of those alone that are selected
+        match = match_names(chosen, known, averaged)
+        _require_no_prefix(match, chosen, known)
     says = any(tensor.trainable for tensor in tensors.values())
-    found = {name: tensor for name, tensor in tensors.items() if is_selected(name, tensor)}
+    found = {match.names[name]: tensors[name] for name in chosen}
+    if selection.trainable_only:
+        found = {name: tensor for name, tensor in found.items() if _is_trainable(name, tensor, known, says)}
     if not found:
         raise InputError(
-            f"none of the {len(tensors)} tensors is selected, expected one at least; there are"
-            f" {', '.join(list(tensors)[:4])}, …; see --include, --exclude and --trainable-only"
+            f"none of the {len(plain)} tensors is selected, expected one at least; there are"
+            f" {', '.join(list(plain.values())[:4])}, …; see --include, --exclude and --trainable-only"
         )
-    return found
+    return found, _remarks(match.prefix, [name for name in extra if _is_chosen(selection, name)])
+
+
+def _is_chosen(selection: Selection, *names: str) -> bool:
+    """Return whether a tensor is selected that has these names, with a prefix that its checkpoint has, and without."""
+
+    def matches(patterns: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+    return (not selection.include or matches(selection.include)) and not matches(selection.exclude)
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
+def _averaged(tensors: Mapping[str, StoredTensor], known: ParameterLayout | None) -> set[str]:
+    """Return the counters of averaged models, which are none of the plain model's tensors."""
+    found = {name for name in counters(tensors) if tensors[name].shape == () and "int" in tensors[name].dtype}
+    return {name for name in found if known is None or name not in known}
+
+
+def _require_no_prefix(match: Match, names: Collection[str], known: ParameterLayout) -> None:
+    """Raise `LayoutError` where no name is the run's as it is, and some would be without a prefix, or with one."""
+    if match.found:
+        return
+    nearest = nearest_prefix(names, known)
+    if nearest is not None:
+        differ = differing_names([*nearest.found, *nearest.names.values()], known)
+        side = "with" if nearest.prefix is not None and nearest.prefix.is_missing else "without"
+        raise LayoutError(f"{nearest.prefix}; {side} it, {differ}; record into a new run")
+    prefixes = prefixes_to_choose(names, known)
+    if prefixes:
+        raise LayoutError(
+            f"without this prefix, the names that begin with {' or '.join(map(repr, prefixes))} are the run's;"
+            f" choose some, such as by include=('{prefixes[0]}*',) (--include '{prefixes[0]}*')"
+        )
+
+
+def _remarks(prefix: Prefix | None, extra: Collection[str]) -> tuple[str, ...]:
+    said = []
+    if prefix is not None:
+        said.append(f"{prefix}: it is {'put on' if prefix.is_missing else 'taken off'}")
+    if extra:
+        said.append(f"{listed(sorted(extra))} left out, extra state of modules is not recorded")
+    return tuple(said)
 
 
 def _is_trainable(name: str, tensor: StoredTensor, known: ParameterLayout | None, says: bool) -> bool:
@@ -116,9 +167,11 @@ def _is_trainable(name: str, tensor: StoredTensor, known: ParameterLayout | None
     return bool(tensor.trainable) if says else _is_weight(name, tensor, None)
 
 
-def _is_weight(name: str, tensor: StoredTensor, parameters: Collection[str] | None) -> bool:
-    listed = name in parameters if parameters is not None else name.rpartition(".")[2] not in BUFFER_NAMES
-    return listed and tensor.dtype in FLOATING
+def _is_weight(name: str, tensor: StoredTensor, known: ParameterLayout | None) -> bool:
+    """Return what the run says of a tensor or, where it does not have it, what its name does."""
+    if known is not None and name in known:
+        return known[name].kind == "weight" and tensor.dtype in FLOATING
+    return name.rpartition(".")[2] not in BUFFER_NAMES and tensor.dtype in FLOATING
 
 
 def _tied(tensors: Mapping[str, StoredTensor]) -> list[tuple[tuple[str, ...], StoredTensor]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnknownNameError
+from .naming import GLOBAL_STEP, NOTHING_SAID, Said, said_in
 
 
 class StoredFile:
@@ -148,13 +149,19 @@ class LoadedTensor(StoredTensor):
 class Checkpoint:
     """The tensors of a checkpoint by name, and what it says of itself, None where it does not.
 
-    epoch: that, or else the step or iteration. step: the training's global step.
+    epoch: that, or else the step or iteration. step: the training's global step. own: the two apart.
     """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
     epoch: int | None = None
     step: int | None = None
+    own: Said = NOTHING_SAID
+
+    @property
+    def said(self) -> Said:
+        """The epoch and the step that it says; where the format does not tell them apart, the number is an epoch."""
+        return said_in({"epoch": self.epoch, GLOBAL_STEP: self.step}) if self.own == NOTHING_SAID else self.own
 
     def read(self, name: str) -> Tensor:
         """One tensor; raises `UnknownNameError` where there is none of this name."""

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ..errors import InputError, TornFileError
 from ..layout import TensorEntry
 from ..vector import require_exact
 from .selecting import Arranged
+from .stored import StoredTensor
 
 
 class StreamedWeights:
@@ -38,7 +41,7 @@ class StreamedWeights:
         return found
 
     def _fill(self, out: NDArray[np.float32], entry: TensorEntry, start: int) -> None:
-        values = self._tensors[entry.name].values(start, start + out.size)
+        values = _values(self._tensors[entry.name], start, start + out.size)
         if entry.dtype == "float64":
             require_exact(entry.name, values)
         torch.from_numpy(out).copy_(values)
@@ -49,6 +52,14 @@ def read_buffers(arranged: Arranged) -> dict[str, NDArray[Any]]:
     buffers = {dtype: np.empty(size, dtype=dtype) for dtype, size in arranged.layout.buffer_sizes.items()}
     for entry in arranged.layout.buffers:
         if entry.size:
-            values = arranged.tensors[entry.name].values(0, entry.size)
+            values = _values(arranged.tensors[entry.name], 0, entry.size)
             torch.from_numpy(buffers[entry.vector][entry.offset : entry.stop]).copy_(values)
     return buffers
+
+
+def _values(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """Return values of a tensor; raises `TornFileError` where its file does not give them: it may be being written."""
+    try:
+        return tensor.values(start, stop)
+    except InputError as error:
+        raise TornFileError(str(error)) from error

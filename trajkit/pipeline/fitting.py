@@ -74,6 +74,7 @@ def fit(
     memory: int | str | None = None,
     scheduler: Choice | Scheduler = None,
     device: str = "cpu",
+    results: PathLike | None = None,
 ) -> Decomposition:
     """Fit CMD to a run and save the fit inside it (Brokman et al. 2024, section 3.1).
 
@@ -114,6 +115,7 @@ def fit(
         the address of a Dask cluster, or a `distributed.Client`; by default the client that is active, threads without
         one, and within a task of a Dask worker that task's thread. All give the same bits.
     device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, which agrees with ``"cpu"`` to rounding in float64.
+    results: as for `open_run`: a folder in which the fit is kept beside a run that can only be read.
 
     Raises `InputError` for settings that cannot be met or weights that are not finite, `PathExistsError` where a fit of
     that name exists, `DamagedRunError` where the archive is damaged, `MemoryBudgetError` where the budget does not do,
@@ -124,7 +126,7 @@ def fit(
             f"run is {named_type(run)}, expected a Run or its path; a matrix of trajectories in memory,"
             " (weights, epochs), is fitted by trajkit.CMD().fit(X)"
         )
-    run = as_run(run)
+    run = as_run(run, results)
     modes = checked_cut(modes, "modes")
     rows = run.rows_of(epochs)
     if rows.size < 2:
@@ -228,12 +230,15 @@ def save(
             progress(done, n)
 
     summaries = scheduler.limited_to(task.plan.workers).map(task, result_rule(n).objects(), report)
+    epochs = run.epochs[fitted.rows].tolist()
+    origin = run.archive.lineage.origin_of(epochs)
     attributes = {
         "trajkit": version("trajkit"),
         "fitted_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": fitted.settings,
-        "epochs": run.epochs[fitted.rows].tolist(),
+        "epochs": epochs,
         "layout": run.layout.digest,
+        **({} if origin is None else {"of": origin.to_json()}),
         **_quality(run, summaries, functional.n_modes),
         **_pca(fitted.chosen),
         **({"curve": [list(point) for point in fitted.chosen.curve]} if fitted.chosen.curve else {}),
@@ -297,10 +302,13 @@ def default_name(modes: Cut, online: bool, references: Kind = "weight") -> str:
 
 def _writer_for(run: Run, base: str, name: str | None, shape: FitShape) -> FitWriter:
     """The writer of the fit by its name, or by the first that is free of `base`, `base`-2, … and not being written."""
-    objects = run.archive.objects
-    if name is not None:
-        return FitWriter(objects, name, shape)
-    for number in itertools.count(1):
-        with contextlib.suppress(PathExistsError, RunLockedError):
-            return FitWriter(objects, base if number == 1 else f"{base}-{number}", shape)
+    taken = run.fits
+    with run.results.saving() as objects:
+        if name is not None:
+            return FitWriter(objects, name, shape)
+        for number in itertools.count(1):
+            free = base if number == 1 else f"{base}-{number}"
+            if free not in taken:
+                with contextlib.suppress(PathExistsError, RunLockedError):
+                    return FitWriter(objects, free, shape)
     raise AssertionError("count() does not end")

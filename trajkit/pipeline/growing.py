@@ -40,6 +40,7 @@ def update(
     *,
     memory: int | str | None = None,
     scheduler: Choice | Scheduler = None,
+    results: PathLike | None = None,
 ) -> Decomposition:
     """Take the epochs recorded since into a saved fit; the references stay, modes and all else may change.
 
@@ -47,11 +48,11 @@ def update(
     `updatable` reads the new epochs alone; another one reads all epochs this once, and the new ones from then on.
 
     run: a `Run`, or the path of one; a `Run` has the epochs that it had when it was opened.
-    progress, memory, scheduler: as for `fit`.
+    progress, memory, scheduler, results: as for `fit`.
 
     The fit is replaced as a whole. Raises as `fit` does, and `UnknownNameError` where the run has no such fit.
     """
-    run = as_run(run)
+    run = as_run(run, results)
     previous = run.fit(name)
     if isinstance(previous, OnlineDecomposition):
         raise InputError(
@@ -86,7 +87,7 @@ def update(
         n_read, buffers = (further.size, EXTENDING_BUFFERS) if before.updatable else (rows.size, 1)
         plan = resources.plan(run, shape, n_read, buffers, PROBE_BYTES * run.probe_index.size * rows.size)
         pca = pca_of(run, candidates_of(run, rows), functional.n_modes)
-        with FitWriter(run.archive.objects, name, shape, previous.stored) as writer:
+        with FitWriter(previous.stored.objects, name, shape, previous.stored) as writer:
             task: BlockTask
             if before.updatable:
                 old = References(previous.reference)
@@ -108,6 +109,7 @@ def follow(
     progress: Progress | None = None,
     memory: int | str | None = None,
     scheduler: Choice | Scheduler = None,
+    results: PathLike | None = None,
     **settings: Any,
 ) -> Iterator[Decomposition]:
     """Fit a run while a training records it: once after `warmup` epochs, then `update` whenever there are more.
@@ -115,7 +117,7 @@ def follow(
     Yields each fit, the last one when nobody records any more. Started again, it goes on with the fit `name`.
 
     interval_s: seconds between two looks at the run.
-    progress, memory, scheduler: as for `fit`.
+    progress, memory, scheduler, results: as for `fit`.
     settings: of the first `fit`, `modes` and the like; `device`, too, is for that one, updates are made on the host.
 
     Raises `RunNotFoundError` where nobody has recorded or is recording a run, `InputError` where the run has a fit
@@ -130,7 +132,7 @@ def follow(
         while True:
             recording = is_being_written(path)  # asked first: no epoch comes between this and the look at the run
             try:
-                run = open_run(path)
+                run = open_run(path, results)
             except RunNotFoundError:
                 if not recording:
                     raise

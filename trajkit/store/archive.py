@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from .damage import Mark, read_marks
 from .expected import parts_of_row, require_objects
 from .format import EPOCH, METADATA, PROBE_INDEX, WEIGHTS, all_arrays, chunk_rule, commit_key
 from .objects import DamagedObjectError
+from .origin import Lineage
 from .place import Objects, PathLike, objects_at
 from .probe import draw_probe
-from .root import layout_of_root, read_document
+from .root import read_document, read_root
 
 Columns = tuple[int, int]
 
@@ -38,6 +39,8 @@ class Archive:
     """Path -> ``zarr.json`` of every array, with exactly the committed rows."""
     marks: Mapping[int, Mark]
     """Rows that `repair` has found damaged."""
+    lineage: Lineage
+    """What results are compared with."""
 
     @classmethod
     def open(cls, place: PathLike) -> Archive:
@@ -49,13 +52,15 @@ class Archive:
         objects = objects_at(place)
         if not objects.exists(METADATA):
             raise RunNotFoundError(f"{place}: no run here, expected a directory with a {METADATA}; check the path")
-        layout = layout_of_root(objects)
+        root = read_root(objects)
+        layout = root.layout
         marks = read_marks(objects)
         records = read_all_records(objects, marks)
         if not records:
             raise RunNotFoundError(f"{place}: the run has no epoch yet; wait for the first one to be recorded")
         documents = committed_documents(objects, layout, records)
-        return cls(objects, layout, records, all_with_rows(documents, len(records)), marks)
+        lineage = Lineage(root.identity, layout.digest, records, partial(_has_row, objects, len(records)))
+        return cls(objects, layout, records, all_with_rows(documents, len(records)), marks, lineage)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -123,6 +128,10 @@ class Archive:
             ) from None
 
 
+def _has_row(objects: Objects, row: int) -> bool:
+    return objects.exists(commit_key(row))
+
+
 def place_of(key: str, layout: ParameterLayout, epoch_of: Callable[[int], int]) -> str:
     """Where an object of an array belongs, for a message: epoch and tensors; `epoch_of` knows the label of a row."""
     row = row_of(key)
@@ -152,6 +161,7 @@ def _reopened(root: str, n_rows: int, last_hash: str) -> Archive:
         archive.records[:n_rows],
         all_with_rows(archive.documents, n_rows),
         archive.marks,
+        archive.lineage,
     )
 
 

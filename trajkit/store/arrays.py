@@ -27,10 +27,11 @@ from ..errors import DamagedRunError
 from ..forks import in_forked_child
 from .coded import CodedArray, CodedDataError
 from .commit import StoredObject
+from .disk import SoundFile, identity_of
 from .format import PROBE_INDEX
 from .objects import DamagedObjectError
 from .place import Objects
-from .raw import RawArray, RawDataError
+from .raw import ChangedFileError, RawArray, RawDataError
 
 PYTHON_PIPELINE = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 RUST_PIPELINE = "zarrs.ZarrsCodecPipeline"
@@ -92,17 +93,17 @@ def _zarrs_is_there() -> bool:
 class VerifiedReader:
     """Reads arrays whose every object was committed with a length and a hash.
 
-    An object is hashed when it is first touched, and remembered as sound; a read that meets one that is missing,
-    truncated, flipped or swapped raises `DamagedObjectError` before a value of it is returned. Zarr alone would read
-    fill values for a missing object without a word. Threads may share a reader.
+    An object is hashed when it is first touched, and remembered as sound as long as its file does not change; a read
+    that meets one that is missing, truncated, flipped or swapped raises `DamagedObjectError` before a value of it is
+    returned. Zarr alone would read fill values for a missing object without a word. Threads may share a reader.
     """
 
     def __init__(self, objects: Objects, committed: Mapping[str, StoredObject]) -> None:
         self._objects = objects
         self._committed = committed
-        self._files: dict[str, Future[str]] = {}
+        self._files: dict[str, Future[SoundFile]] = {}
         self._raw: dict[str, RawArray | None] = {}
-        self._decodable: set[str] = set()
+        self._decodable: set[SoundFile] = set()
         self._arrays: dict[tuple[Reading, str], zarr.Array[Any]] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -115,29 +116,47 @@ class VerifiedReader:
         The first axis of the region may be an array of rows. `out` takes the values, where given; it is C-contiguous.
         """
         keys = keys_of(path, document, region)
-        files = self.require(keys)
         if out is None:  # memory of our own: left to itself, zarr first fills it, which takes longer than reading
             shape = [axis.stop - axis.start if isinstance(axis, slice) else axis.size for axis in region]
             out = np.empty(shape, dtype=document["data_type"])
-        raw = self._raw_array(path, document)
-        try:
-            if raw is None:
-                self._require_decodable(document, files)
-                self._read_coded(path, document, region, out)
-            else:
-                columns: Any = region[-1]
-                raw.read(files, columns, out)
-        except FileNotFoundError as error:
-            key = os.path.relpath(str(error.filename), self._objects.files)
-            self._files.pop(key, None)
-            raise DamagedObjectError(key, "is missing") from error
-        except (RawDataError, CodedDataError) as error:
-            raise DamagedRunError(f"{self._objects.root}: {path}: {error}") from error
-        except (ValueError, RuntimeError, OSError) as error:
-            raise DamagedRunError(f"{self._objects.root}: {path} cannot be decoded ({error})") from error
+        for last_try in (False, True):
+            files = self.require(keys)
+            try:
+                self._read(path, document, region, files, out)
+                break
+            except ChangedFileError as error:  # hashed again: what was put there may be sound
+                key = self._forget(error.args[0])
+                if last_try:
+                    raise DamagedObjectError(key, "changes while it is read") from error
+            except FileNotFoundError as error:
+                raise DamagedObjectError(self._forget(error.filename), "is missing") from error
+            except (RawDataError, CodedDataError) as error:
+                raise DamagedRunError(f"{self._objects.root}: {path}: {error}") from error
+            except (ValueError, RuntimeError, OSError) as error:
+                raise DamagedRunError(f"{self._objects.root}: {path} cannot be decoded ({error})") from error
         return out
 
-    def require(self, keys: list[str]) -> list[str]:
+    def _read(
+        self, path: str, document: dict[str, Any], region: Region, files: list[SoundFile], out: NDArray[Any]
+    ) -> None:
+        raw = self._raw_array(path, document)
+        if raw is not None:
+            columns: Any = region[-1]
+            raw.read(files, columns, out)
+            return
+        for file in files:  # zarr opens them itself
+            if identity_of(os.stat(file.path)) != file.identity:
+                raise ChangedFileError(file.path)
+        self._require_decodable(document, files)
+        self._read_coded(path, document, region, out)
+
+    def _forget(self, path: str) -> str:
+        """Forget that a file was sound; return the key of its object."""
+        key = os.path.relpath(path, self._objects.files)
+        self._files.pop(key, None)
+        return key
+
+    def require(self, keys: list[str]) -> list[SoundFile]:
         """The files of these objects; raises `DamagedObjectError` naming one that is not what was committed."""
         if os.getpid() != self._process:  # forked: another thread may have held the lock, or be at a file
             self._files, self._lock, self._process = {}, threading.Lock(), os.getpid()
@@ -159,42 +178,42 @@ class VerifiedReader:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(lambda key: self._file_of(key).exception(), unknown))
 
-    def _file_of(self, key: str) -> Future[str]:
+    def _file_of(self, key: str) -> Future[SoundFile]:
         """The file of an object, checked here and now if no other thread has begun to; it may still be at it."""
         found = self._files.get(key)
         if found is None:
             with self._lock:
                 found = self._files.get(key)
-                mine = self._files.setdefault(key, Future[str]())
+                mine = self._files.setdefault(key, Future[SoundFile]())
             if found is None:
                 self._check(key, mine)
         return found or mine
 
-    def _check(self, key: str, file: Future[str]) -> None:
+    def _check(self, key: str, file: Future[SoundFile]) -> None:
         try:
             file.set_result(self._checked(key))
         except BaseException as error:
-            del self._files[key]  # to be checked again when asked for again: it may be restored
+            self._files.pop(key, None)  # to be checked again when asked for again: it may be restored
             file.set_exception(error)  # for all who wait for it
             if not isinstance(error, OSError):  # Ctrl-C stops the others' work too, not only this object's
                 raise
 
-    def _checked(self, key: str) -> str:
+    def _checked(self, key: str) -> SoundFile:
         expected = self._committed.get(key)
         if expected is None:
             raise DamagedObjectError(key, "was never committed")
-        return str(self._objects.sound_file(key, expected.length, expected.hash))
+        return self._objects.sound_file(key, expected.length, expected.hash)
 
     def _raw_array(self, path: str, document: dict[str, Any]) -> RawArray | None:
         if path not in self._raw:
             self._raw[path] = RawArray.of(document)
         return self._raw[path]
 
-    def _require_decodable(self, document: dict[str, Any], files: list[str]) -> None:
+    def _require_decodable(self, document: dict[str, Any], files: list[SoundFile]) -> None:
         coded = CodedArray.of(document)
         if coded is not None:
             for file in set(files) - self._decodable:
-                coded.require_decodable(file)
+                coded.require_decodable(file.path)
                 self._decodable.add(file)
 
     def _read_coded(self, path: str, document: dict[str, Any], region: Region, out: NDArray[Any]) -> None:

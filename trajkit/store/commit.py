@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any
 
@@ -57,7 +57,9 @@ class CommitRecord:
     """One recorded epoch. `recorded_at` is ISO 8601 in UTC, `seconds` the wall time that writing its objects took,
     without the wait for the disk.
 
-    All records of a run have a `step`, or none has; it is left out where there is none.
+    All records of a run have a `step`, or none has; it is left out where there is none. `weights` is the hash of the
+    epoch's weights, whatever objects hold them; None in records of older versions. It stands beside the record and is
+    not part of its hash.
     """
 
     row: int
@@ -70,10 +72,12 @@ class CommitRecord:
     previous: str | None
     objects: Mapping[str, StoredObject]
     step: int | None = None
+    weights: str | None = field(default=None, kw_only=True)
 
     def _canonical(self) -> bytes:
         objects = {key: [stored.length, stored.hash] for key, stored in self.objects.items()}
         fields = {**vars(self), "metrics": spell_metrics(self.metrics), "objects": objects}
+        del fields["weights"]
         return canonical_json(spell_labelled(fields))
 
     @property
@@ -84,7 +88,9 @@ class CommitRecord:
     def to_bytes(self) -> bytes:
         """The content of the record's object."""
         record = self._canonical()
-        return b'{"%s":"%s","record":%s}' % (ALGORITHM.encode(), digest(record).encode(), record)
+        own = digest(record)
+        beside = b"" if self.weights is None else b',"weights":%s' % canonical_json(_sealed(self.weights, own))
+        return b'{"%s":"%s","record":%s%s}' % (ALGORITHM.encode(), own.encode(), record, beside)
 
     @property
     def size(self) -> int:
@@ -165,4 +171,25 @@ def _decode(objects: Objects, row: int) -> tuple[CommitRecord, str]:
     fields = read_labelled(document["record"], RECORD_FIELDS)
     fields["metrics"] = read_metrics(fields["metrics"])
     fields["objects"] = {key: StoredObject.from_json(stored) for key, stored in fields["objects"].items()}
-    return CommitRecord(**fields), document[ALGORITHM]
+    if "weights" in fields:
+        raise ValueError("the hash of the weights stands inside the record")
+    weights = _weights_of(document, document[ALGORITHM])
+    return CommitRecord(**fields, weights=weights), document[ALGORITHM]
+
+
+def _weights_of(document: Mapping[str, Any], own_hash: str) -> str | None:
+    """Return the hash of the weights beside a record, None where it has none.
+
+    Raises `ValueError` where it is damaged.
+    """
+    if "weights" not in document:
+        return None
+    hashes = require_kind(document["weights"], list, "'weights'")
+    if not hashes or hashes != _sealed(str(hashes[0]), own_hash):
+        raise ValueError("the hash of the weights is not the one that was recorded")
+    return str(hashes[0])
+
+
+def _sealed(weights: str, own_hash: str) -> list[str]:
+    """Return the hash of the weights, and a hash of it together with that of the record."""
+    return [weights, digest(weights.encode(), own_hash.encode())]

@@ -1,4 +1,4 @@
-"""Bringing files to the disk."""
+"""Bringing files to the disk, and telling whether one has changed since."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SYNC_FILE_RANGE_WRITE = 2
+
+Identity = tuple[int, int, int, int]
+"""Device, inode, size and time of the last modification of a file: another one where it was written to or replaced."""
+
+
+class SoundFile(NamedTuple):
+    """A file that held what was committed when it had this identity."""
+
+    path: str
+    identity: Identity
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """Return the identity of a file."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def fsync(path: Path) -> None:

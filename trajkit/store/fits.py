@@ -7,6 +7,7 @@ arrays. The ``zarr.json`` of ``fits/<name>`` is written last and makes the fit, 
 hash, the hash of ``objects.json``, and the quality of the fit: five numbers for each mode and each tensor (three in
 older fits), see `trajkit.decomposition.Quality`; where a weight moves, ``pca``, what ``pca_components`` principal
 components (1 where it is missing) and one more explain; and, where the number of modes was chosen by it, ``curve``.
+``name`` and ``of``, the name and the origin of the fit (see `trajkit.store.origin`), are missing in older fits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..digest import canonical_json, digest
 from ..documents import parse, require_fields, require_kind
-from ..errors import DamagedRunError, PathExistsError, RunLockedError, UnknownNameError
+from ..errors import DamagedRunError, PathExistsError, RunLockedError
 from ..kernels.functionals import Functional
 from ..kernels.running import checked_candidates, checked_decay
 from ..layout import ParameterLayout
@@ -32,8 +33,10 @@ from .arrays import VerifiedReader, store
 from .commit import StoredObject
 from .expected import part, require_objects
 from .fit_shape import FitShape
-from .format import FITS, METADATA, group_document, require_name
+from .format import FITS, METADATA, group_document, is_name, require_name
+from .ledger import ledger_entry
 from .objects import DamagedObjectError
+from .origin import Lineage, Origin
 from .place import Objects
 from .root import encoded, read_document, read_small, require_readable, sealed_group, unsealed, write_documents
 
@@ -64,11 +67,25 @@ class StoredFit:
     name: str
     attributes: Mapping[str, Any]
     shape: FitShape
-    documents: Mapping[str, dict[str, Any]]
-    """Array -> ``zarr.json``, as the shape decides it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoredFit, (self.objects, self.name, self.attributes, self.shape, self.documents)
+        return StoredFit, (self.objects, self.name, self.attributes, self.shape)
+
+    @cached_property
+    def documents(self) -> Mapping[str, dict[str, Any]]:
+        """Array -> ``zarr.json``, as the shape decides it."""
+        return self.shape.documents()
+
+    @property
+    def saved_as(self) -> str:
+        """The name that it was saved by; another one where its folder was renamed or exchanged."""
+        saved_as: str = self.attributes.get("name", self.name)
+        return saved_as
+
+    @property
+    def origin(self) -> Origin | None:
+        """What it was made of; None in fits of older versions."""
+        return _origin_of(self.attributes)
 
     @property
     def version(self) -> int:
@@ -83,6 +100,11 @@ class StoredFit:
 
     def committed(self) -> Stored:
         """What is known of every object of the fit's arrays; raises `DamagedRunError` where that is damaged."""
+        if self.saved_as != self.name:
+            raise DamagedRunError(
+                f"{self.objects.root}: {FITS}/{self.name} holds fit '{self.saved_as:.100}', expected '{self.name}': its"
+                f" folder was renamed or exchanged; name it {FITS}/{self.saved_as:.100} again"
+            )
         key = _objects_key(self.group)
         try:
             table = read_small(self.objects, key)
@@ -223,6 +245,7 @@ class FitWriter:
             small["reference_index"] = functional.index
         fit = {
             **attributes,
+            "name": self.name,
             "version": self._version,
             "n_samples": self._shape.n_samples,
             "updatable": self._shape.updatable,
@@ -254,6 +277,7 @@ class FitWriter:
         groups = {f"{self._group}/{array}": document for array, document in documents.items()}
         for path, document in groups.items():
             written[f"{path}/{METADATA}"] = encoded(document, path)
+        written |= [ledger_entry(FITS, self.name)]
         for key, data in written.items():
             put(key, data)
         self._objects.sync(written.keys() | stored.keys())
@@ -294,6 +318,7 @@ class FitWriter:
         folder = f"{FITS}/{self.name}"
         if not self._objects.exists(f"{folder}/{METADATA}"):
             self._objects.delete_tree(folder)
+            self._objects.delete(ledger_entry(FITS, self.name)[0])
             return
         exists = str(_saved(self._objects, self.name)["version"])
         for name in self._objects.names(folder):
@@ -314,25 +339,31 @@ class FitWriter:
                     if not self._objects.exists(f"{FITS}/{name}/{METADATA}"):
                         self._objects.owned_by(f"fit-{name}").clear_temporary()
                         self._objects.delete_tree(f"{FITS}/{name}")
+                        self._objects.delete(ledger_entry(FITS, name)[0])
                 finally:
                     lock.release()
 
 
 def fit_names(objects: Objects) -> tuple[str, ...]:
     """The fits that exist, by name."""
-    return tuple(name for name in objects.names(FITS) if objects.exists(f"{FITS}/{name}/{METADATA}"))
+    return tuple(name for name in objects.names(FITS) if fit_exists(objects, name))
 
 
-def open_fit(objects: Objects, name: str, layout: ParameterLayout) -> StoredFit:
-    """A saved fit; raises `UnknownNameError` naming those that exist, `DamagedRunError` for another run's."""
-    if name not in fit_names(objects):
-        known = ", ".join(fit_names(objects)) or "none"
-        raise UnknownNameError(f"{objects.root}: no fit '{name}'; the run has {known}")
+def fit_exists(objects: Objects, name: str) -> bool:
+    """Return whether there is a fit of this name."""
+    return is_name(name) and objects.exists(f"{FITS}/{name}/{METADATA}")
+
+
+def open_fit(objects: Objects, name: str, layout: ParameterLayout, lineage: Lineage) -> StoredFit:
+    """Open a fit that exists; raise `DamagedRunError` where it is damaged, or was not made of this run."""
     try:
         attributes = _saved(objects, name)
         if attributes["layout"] != layout.digest:
             raise ValueError("it belongs to a run of another layout")
         _require_values(attributes)
+        origin = _origin_of(attributes)
+        if origin is not None:
+            lineage.require(origin, attributes["epochs"])
         shape = FitShape(
             n_weights=layout.n_weights,
             n_epochs=len(attributes["epochs"]),
@@ -341,7 +372,7 @@ def open_fit(objects: Objects, name: str, layout: ParameterLayout) -> StoredFit:
             updatable=attributes["updatable"],
             n_members=attributes.get("n_members", 0),
         )
-        return StoredFit(objects, name, attributes, shape, shape.documents())
+        return StoredFit(objects, name, attributes, shape)
     except ValueError as error:
         key = f"{FITS}/{name}/{METADATA}"
         raise DamagedRunError(f"{objects.root}: {key} describes no fit ({error}); fit again by another name") from error
@@ -351,6 +382,10 @@ def _saved(objects: Objects, name: str) -> dict[str, Any]:
     """The attributes of a fit as they are stored now; raises `ValueError` where they are none."""
     document = read_document(objects, f"{FITS}/{name}/{METADATA}")
     return require_fields(unsealed(document, FIT_ATTRIBUTE, "fit"), FIT_FIELDS)
+
+
+def _origin_of(attributes: Mapping[str, Any]) -> Origin | None:
+    return Origin.from_json(attributes["of"]) if "of" in attributes else None
 
 
 def _require_values(attributes: Mapping[str, Any]) -> None:
@@ -377,6 +412,7 @@ def _require_values(attributes: Mapping[str, Any]) -> None:
         raise ValueError(f"'curve' is not up to {MOST_TRIED} pairs")
     for n_modes, _ in curve:
         require_kind(n_modes, int, "a number of modes")
+    require_kind(attributes.get("name", ""), str, "'name'")
     _require_readable_settings(attributes["settings"], attributes["updatable"])
 
 

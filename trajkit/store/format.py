@@ -7,7 +7,8 @@ E epochs, N weights, P probe weights. A *row* is the position of an epoch, 0 …
 node                  dtype      dimensions          content
 ====================  =========  ==================  ==============================================================
 ``/``                            group               attribute ``trajkit``: ``format`` (1), ``layout`` (see below);
-                                                     consolidated metadata of the arrays
+                                                     attribute ``trajkit_identity``, optional; consolidated metadata of
+                                                     the arrays
 ``weights``           float32    (epoch, weight)     the flat weight vectors
 ``epoch``             int64      (epoch)             the recorded labels, strictly rising; the coordinate
 ``step``              int64      (epoch)             the training's global step at each, strictly rising; only where
@@ -35,8 +36,15 @@ BLAKE3 hash, the epoch, its step where the run has them, its metrics, the layout
 previous record; the first record also names the objects of ``probe_index``. A run has as many epochs as it has commit
 records without a gap; a shape in a ``zarr.json`` may lag behind them by a crash, and never runs ahead. Zarr lists
 nothing below an array, so records, locks and temporary files (``epoch/tmp``) under ``epoch`` disturb no other reader.
-Nor does the second copy of the layout, ``epoch/layout.json``, and what repair writes: marks of damaged epochs
-(``epoch/bad``) and what it moved out of the way (``epoch/aside``).
+Nor do the copies of the layout, ``epoch/layout.json`` and ``probe_index/layout.json``, and what repair writes: marks of
+damaged epochs (``epoch/bad``) and what it moved out of the way (``epoch/aside``).
+
+**Optional parts**, which readers of an older version ignore, and which runs that were begun by one lack. Beside a
+commit record stands ``"weights": [hash, seal]``: BLAKE3 of the N weights as little-endian float32, whatever objects
+hold them, and a hash of that together with the record's. ``trajkit_identity`` in the root is the hash of the first
+commit record and names the run; a copy of the run keeps it. Fits and evaluations say by both what they were made of
+(`trajkit.store.origin`). ``probe_index/layout.json`` is the third copy of the layout. ``epoch/results`` lists the
+results that were saved (`trajkit.store.ledger`).
 
 Order of writes: (1) the objects of the row, beyond the stored shapes and so invisible, and under temporary names what
 (3) and (4) will need; (2) fsync of files and directories, all together; (3) the commit record, created exclusively, and
@@ -44,6 +52,13 @@ fsync of its name; (4) the shapes grow, last of all in the group's consolidated 
 names of (4) reach the disk with the next epoch or when the writer is closed. The first row writes the array metadata
 with zero epochs before (1), and the group's own ``zarr.json`` after (2). A writer that opens a run rolls forward (4)
 and clears the objects of (1) that no record names. Nothing committed is rewritten or deleted.
+
+**Sources.** Of an epoch that was recorded from a checkpoint, ``epoch/sources/<row, 8 digits>.json`` says from which: a
+JSON object with the label ``epoch``, the ``path`` as it was given, ``size`` in bytes, ``modified_ns`` and ``inode``; in
+``files`` the BLAKE3 hash of the names, sizes, times and inodes of a folder's files, else null; in ``selection`` the
+hash of what was asked for of it; in ``said_epoch`` and ``said_step`` the numbers that it said, or null. It is written
+after the commit, may be replaced, and is advisory: no commit record names it, a reader that does not know it leaves it
+alone, and where it is missing or damaged a checkpoint of the same epoch is compared with the recorded values.
 """
 
 from __future__ import annotations
@@ -79,8 +94,12 @@ COMMITS = "epoch/commits"
 LOCKS = "epoch/locks"
 TEMPORARY = "epoch/tmp"
 BAD = "epoch/bad"
-LAYOUT_COPY = "epoch/layout.json"
+LAYOUT_COPIES = ("epoch/layout.json", "probe_index/layout.json")
+IDENTITY = "trajkit_identity"
+"""Attribute of the root that names the run; see `trajkit.store.origin`."""
 ASIDE = "epoch/aside"
+LEDGER = "epoch/results"
+SOURCES = "epoch/sources"
 METADATA = "zarr.json"
 
 PROBE_SIZE = 16384
@@ -204,9 +223,14 @@ def commit_key(row: int) -> str:
     return f"{COMMITS}/{row:08d}.json"
 
 
+def is_name(name: Any) -> bool:
+    """Return whether a node of the archive can have this name."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None and name != METADATA
+
+
 def require_name(name: str, what: str) -> str:
     """`name`, if it can name a node of the archive; raises `InputError`."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == METADATA:
+    if not is_name(name):
         raise InputError(
             f"{what} {name!r}: expected letters, digits, '.', '_' and '-', a letter or digit first, at most 100"
             "; choose another name"

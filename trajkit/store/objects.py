@@ -14,7 +14,7 @@ from typing import Any
 
 from ..digest import digest_of_file
 from ..errors import DamagedRunError
-from .disk import begin_writing_out, fsync
+from .disk import SoundFile, begin_writing_out, fsync, identity_of
 from .format import LOCKS, TEMPORARY
 from .lock import WriterLock, is_locked
 
@@ -102,11 +102,8 @@ class LocalObjects:
 
     def size(self, key: str) -> int | None:
         """Length in bytes, None where there is no such object."""
-        try:
-            found = os.stat(self.path(key))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        found = _status(self.path(key))
+        return None if found is None else found.st_size
 
     def read(self, key: str) -> bytes:
         """All bytes of an object."""
@@ -116,16 +113,18 @@ class LocalObjects:
         """Hash of an object's content."""
         return digest_of_file(self.path(key))
 
-    def sound_file(self, key: str, length: int, hash: str) -> Path:  # noqa: A002 (as it is called everywhere else)
+    def sound_file(self, key: str, length: int, hash: str) -> SoundFile:  # noqa: A002 (as it is called everywhere else)
         """The file that holds an object; raises `DamagedObjectError` unless it has this length and hash."""
-        found = self.size(key)
-        require_length(key, found, length)
+        path = self.path(key)
+        found = _status(path)  # before it is hashed: a change from here on makes it another file
+        if found is None or found.st_size != length:
+            raise wrong_length(key, None if found is None else found.st_size, length)
         try:
             content = self.digest(key)
         except FileNotFoundError as error:
             raise DamagedObjectError(key, "is missing") from error
         require_content(key, content, hash)
-        return self.path(key)
+        return SoundFile(str(path), identity_of(found))
 
     def names(self, prefix: str) -> list[str]:
         """Names directly under a prefix, sorted; none where there is no such prefix."""
@@ -329,6 +328,15 @@ class LocalObjects:
             os.close(descriptor)
 
 
+def _status(path: Path) -> os.stat_result | None:
+    """Return what is known of a file, None where there is none."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
 def _link(file: Path, name: Path) -> bool:
     """Give a file a second name; False where its file system has no such thing."""
     try:
@@ -343,8 +351,13 @@ def _link(file: Path, name: Path) -> bool:
 def require_length(key: str, found: int | None, committed: int) -> None:
     """Raise `DamagedObjectError` unless an object is there and has the length that was committed."""
     if found != committed:
-        state = "missing" if found is None else f"{found} bytes long"
-        raise DamagedObjectError(key, f"is {state}, {committed} bytes were committed")
+        raise wrong_length(key, found, committed)
+
+
+def wrong_length(key: str, found: int | None, committed: int) -> DamagedObjectError:
+    """Return the error of an object that is missing, or has another length than the one that was committed."""
+    state = "missing" if found is None else f"{found} bytes long"
+    return DamagedObjectError(key, f"is {state}, {committed} bytes were committed")
 
 
 def require_content(key: str, found: str, committed: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..digest import Hasher
 from ..errors import InputError
 from ..layout import ParameterLayout
 from .format import chunk_rule
@@ -36,8 +37,8 @@ class WeightSource(Protocol):
 class PassingWeights:
     """The weights of one epoch, each piece the columns of one stored object; they pass once, from left to right.
 
-    Afterwards `probe` (P,) holds those at `probe_index`. With `finite`, NaN and infinite weights are refused: those of
-    an array at once, those of another source when they come.
+    Afterwards `probe` (P,) holds those at `probe_index`, and `digest` is the hash of all. With `finite`, NaN and
+    infinite weights are refused: those of an array at once, those of another source when they come.
 
     Raises `InputError`, at once or as they pass, where the weights are not those that the layout places.
     """
@@ -59,12 +60,18 @@ class PassingWeights:
         self._finite = finite and not isinstance(weights, np.ndarray)
         self._peeked: list[Piece] = []
         self._coming = self._pieces()
+        self._hasher = Hasher()
 
     def peek(self) -> NDArray[np.float32]:
         """The first piece, which has still to pass."""
         if not self._peeked:
             self._peeked.append(next(self._coming))
         return self._peeked[0][1]
+
+    @property
+    def digest(self) -> str:
+        """Hash of the weights that have passed, as little-endian float32."""
+        return self._hasher.hexdigest()
 
     def __iter__(self) -> Iterator[Piece]:
         while self._peeked:
@@ -79,6 +86,7 @@ class PassingWeights:
                 self._require_finite(columns, piece)
             inside = slice(*np.searchsorted(self.probe_index, [columns.start, columns.stop]))
             self.probe[inside] = piece[self.probe_index[inside] - columns.start]
+            self._hasher.update(np.ascontiguousarray(piece, "<f4").view(np.uint8).data)
             yield columns, piece
 
     def _require_piece(self, columns: slice, piece: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import InputError, named_type
+from .disk import SoundFile
 from .objects import Bytes, LocalObjects
 from .remote import SCHEMES, RemoteObjects
 
@@ -63,7 +64,7 @@ class Objects(Protocol):
     def digest(self, key: str) -> str:
         """Hash of an object's content."""
 
-    def sound_file(self, key: str, length: int, hash: str) -> Path:  # noqa: A002
+    def sound_file(self, key: str, length: int, hash: str) -> SoundFile:  # noqa: A002
         """A file that holds an object; raises `DamagedObjectError` unless it has this length and hash."""
 
     def names(self, prefix: str) -> list[str]:

@@ -17,6 +17,8 @@ import numpy as np
 from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
+from .disk import SoundFile, identity_of
+
 CHECKSUM_BYTES = 4
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u8")])
 """The index at the end of a shard: where each of its chunks is; a checksum follows."""
@@ -26,6 +28,10 @@ NOT_THERE = np.iinfo(np.uint64).max
 
 class RawDataError(ValueError):
     """A file does not hold the values that its metadata promises."""
+
+
+class ChangedFileError(Exception):
+    """A file was written to, or replaced, since it was found to be sound."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,10 @@ class RawArray:
         raw = [codec["name"] for codec in codecs] == ["bytes", "crc32c"] and sys.byteorder == "little"
         return cls(np.dtype(document["data_type"]), chunk, stored) if raw and rows in ([], [1]) else None
 
-    def read(self, files: list[str], columns: slice, out: NDArray[Any]) -> None:
+    def read(self, files: list[SoundFile], columns: slice, out: NDArray[Any]) -> None:
         """Fill `out`, (rows, n) or (n,), with the columns of each row; `files` are the objects, row by row.
 
-        Raises `RawDataError` naming a file that is too short, or whose index points elsewhere.
+        Raises `RawDataError` naming a file that is too short, or whose index points elsewhere, and `ChangedFileError`.
         """
         if out.size == 0:
             return
@@ -102,13 +108,15 @@ class RawArray:
             yield inside, slice(start - columns.start, stop - columns.start)
             start = stop
 
-    def _read_object(self, file: str, start: int, out: memoryview) -> None:
+    def _read_object(self, file: SoundFile, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of the values from position `start` of an object on."""
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            offsets = self._known.get(file)
+            if identity_of(os.fstat(descriptor)) != file.identity:
+                raise ChangedFileError(file.path)
+            offsets = self._known.get(file.path)
             if offsets is None:
-                offsets = self._known[file] = self._offsets(descriptor)
+                offsets = self._known[file.path] = self._offsets(descriptor)
             size = self.dtype.itemsize
             number, inside = divmod(start, self.chunk)
             while out:
@@ -116,7 +124,7 @@ class RawArray:
                 _read_exactly(descriptor, offsets[number] + inside * size, out[:n])
                 out, number, inside = out[n:], number + 1, 0
         except RawDataError as error:
-            raise RawDataError(f"{file} {error}") from None
+            raise RawDataError(f"{file.path} {error}") from None
         finally:
             os.close(descriptor)
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from ..digest import Hasher
+from ..digest import Hasher, digest_of_file
 from ..errors import InputError, StorageError
 from ..forks import in_forked_child
+from .disk import SoundFile, identity_of
 from .format import LOCKS
 from .lease import LEASE_S, TRIES, ConflictError, Lease
 from .objects import Bytes, DamagedObjectError, require_content, require_length
@@ -108,11 +109,17 @@ class RemoteObjects:
                 hasher.update(piece)
         return hasher.hexdigest()
 
-    def sound_file(self, key: str, length: int, hash: str) -> Path:  # noqa: A002
+    def sound_file(self, key: str, length: int, hash: str) -> SoundFile:  # noqa: A002
         """A file that holds an object; raises `DamagedObjectError` unless it has this length and hash."""
         target = self.files / key
-        if target.is_file():  # nothing gets there that is not sound
-            return target
+        if not self._is_fetched(target, hash):
+            self._fetch(key, target, length, hash)
+        return SoundFile(str(target), identity_of(target.stat()))
+
+    def _is_fetched(self, target: Path, hash: str) -> bool:  # noqa: A002
+        return target.is_file() and digest_of_file(target) == hash
+
+    def _fetch(self, key: str, target: Path, length: int, hash: str) -> None:  # noqa: A002
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
         hasher = Hasher()
@@ -129,7 +136,6 @@ class RemoteObjects:
             raise DamagedObjectError(key, "is missing") from error
         finally:
             partial.unlink(missing_ok=True)
-        return target
 
     def names(self, prefix: str) -> list[str]:
         """Names directly under a prefix, sorted; none where there is no such prefix."""

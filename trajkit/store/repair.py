@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
 from ..digest import canonical_json, digest
@@ -22,13 +23,19 @@ from ..layout import ParameterLayout
 from .arrays import VerifiedReader, encode
 from .commit import CommitRecord, LostRecord
 from .damage import Damage, Mark, mark_key, move_aside
-from .examination import Examination, Progress, examine, expected_documents, require_run
-from .format import ASIDE, BAD, EPOCH, FITS, LAYOUT_COPY, METADATA, PROBE, PROBE_INDEX, STEP, WEIGHTS
+from .examination import Examination, Progress
+from .examine_run import examine, expected_documents, require_run
+from .format import ASIDE, BAD, EPOCH, FITS, LAYOUT_COPIES, LEDGER, METADATA, PROBE, PROBE_INDEX, STEP, WEIGHTS
+from .ledger import SUFFIX, ledger_entry
+from .lost_labels import with_guesses
 from .place import Lock, Objects, PathLike, objects_at
 from .probe import draw_probe
 from .raw import CHECKSUM_BYTES
-from .root import encoded, metadata_key, read_document
+from .root import encoded, metadata_key, read_document, read_small
 from .writer import WRITER
+
+LABEL_BYTES = 8
+"""Bytes of an epoch or a step."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ def repair(place: PathLike, progress: Progress | None = None) -> Repair:
         found = examine(objects, alone=True)
         if found.layout is None:
             raise DamagedRunError(
-                f"{objects.root}: {METADATA} and {LAYOUT_COPY} are both damaged, expected the layout in one of them;"
-                " restore one from a copy of the run"
+                f"{objects.root}: {', '.join((METADATA, *LAYOUT_COPIES))} are all damaged, expected the layout in one"
+                " of them; restore one from a copy of the run"
             )
         found.hash(found.undamaged(), progress)
         actions = list(_Repairer(objects, lock, found, found.layout).repair())
@@ -103,13 +110,18 @@ class _Repairer:
 
     def _renew_documents(self) -> Iterator[str]:
         """Write damaged metadata again; attributes of others in it are kept where it can be read."""
-        if LAYOUT_COPY in self._damaged:
-            self._renew(LAYOUT_COPY, canonical_json(self._layout.to_json()))
-            yield f"{LAYOUT_COPY} written again"
+        for key in LAYOUT_COPIES:
+            if key in self._damaged:
+                self._renew(key, canonical_json(self._layout.to_json()))
+                yield f"{key} written again"
         for path, document in expected_documents(self._found, self._layout).items():
             key = metadata_key(path)
             if key in self._damaged:
                 self._renew(key, encoded(self._with_attributes(key, document), path))
+                yield f"{key} written again"
+        for key in self._damaged:
+            if key.startswith(f"{LEDGER}/"):
+                self._renew(*ledger_entry(*key.removeprefix(f"{LEDGER}/").removesuffix(SUFFIX).split("/")))
                 yield f"{key} written again"
 
     def _with_attributes(self, key: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -159,13 +171,14 @@ class _Repairer:
     def _mark_rows(self) -> Iterator[str]:
         """Mark the epochs that are damaged still, and no others."""
         damaged = {damage.row: damage for damage in reversed(self._damaged.values()) if damage.row is not None}
+        epochs, steps = self._labels(EPOCH), self._labels(STEP)
         for row, damage in sorted(damaged.items()):
             record = self._found.records[row]
             lost = record is None
-            mark = Mark(row, self._label(EPOCH, row), f"{damage.key} {damage.what}")
+            mark = Mark(row, epochs[row], f"{damage.key} {damage.what}")
             if lost:
                 has_step = any(known is not None and known.step is not None for known in self._found.records)
-                mark = replace(mark, layout=self._layout.digest, step=self._label(STEP, row) if has_step else None)
+                mark = replace(mark, layout=self._layout.digest, step=steps[row] if has_step else None)
             if self._found.marks.get(row) != mark and not (row in self._found.marks and not lost):
                 self._require_held()
                 self._objects.replace({mark_key(row): mark.to_bytes()})
@@ -177,23 +190,22 @@ class _Repairer:
                 self._move_aside(mark_key(row))
                 yield f"epoch {known.epoch} is sound, its mark is removed"
 
-    def _label(self, kind: str, row: int) -> int:
-        """An epoch's label or step; where its record is lost, what its object says, if that fits between the others."""
-        labels: list[Any] = [None if record is None else getattr(record, kind) for record in self._found.records]
-        if labels[row] is not None:
-            return int(labels[row])
-        before = next((label for label in reversed(labels[:row]) if label is not None), None)
-        after = next((label for label in labels[row + 1 :] if label is not None), None)
-        low = -(2**63) if before is None else before + 1
-        high = 2**63 - 1 if after is None else after - 1
+    def _labels(self, kind: str) -> list[int]:
+        """Return the epoch or the step of each row, with a guess where its record is lost."""
+        known = [None if record is None else getattr(record, kind) for record in self._found.records]
+        stored = {row: self._stored_label(kind, row) for row, label in enumerate(known) if label is None}
+        return with_guesses(known, stored)
+
+    def _stored_label(self, kind: str, row: int) -> int | None:
+        """Return what the object of a label says, None where it is lost."""
         try:
-            stored = self._objects.read(f"{kind}/c/{row}")
-            label = int.from_bytes(stored[:-CHECKSUM_BYTES], "little", signed=True)
-            if low <= label <= high and len(stored) == 8 + CHECKSUM_BYTES:
-                return label
-        except (FileNotFoundError, DamagedRunError):
-            pass
-        return low if before is not None else high if after is not None else row
+            stored = read_small(self._objects, f"{kind}/c/{row}")
+        except (ValueError, DamagedRunError):
+            return None
+        content = stored[:-CHECKSUM_BYTES]
+        if len(content) != LABEL_BYTES or crc32c(content).to_bytes(CHECKSUM_BYTES, "little") != stored[LABEL_BYTES:]:
+            return None
+        return int.from_bytes(content, "little", signed=True)
 
     def _set_aside(self) -> Iterator[str]:
         """Move what is of no use: damaged fits and evaluations, and what was never finished."""
@@ -225,7 +237,7 @@ class _Repairer:
 
     def _move_all_aside(self, prefix: str) -> bool:
         keys = [key for key, _ in self._objects.lengths(prefix)]
-        for key in keys:
+        for key in (*keys, ledger_entry(*prefix.split("/"))[0]):
             self._move_aside(key)
         if not keys:
             self._objects.delete_tree(prefix)  # empty folders

@@ -9,20 +9,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..digest import ALGORITHM, canonical_json, digest
 from ..documents import parse, require_fields, require_size, shown
 from ..errors import DamagedRunError, InputError, RunNotFoundError, UnsupportedFormatError
 from ..layout import ParameterLayout
-from .format import ATTRIBUTE, BUFFERS, FORMAT, LAYOUT_COPY, METADATA, group_document
+from .format import ATTRIBUTE, BUFFERS, FORMAT, IDENTITY, LAYOUT_COPIES, METADATA, group_document
 from .objects import DAMAGED_DISK
 from .place import Objects
 
+CONSOLIDATED = "consolidated_metadata"
+BEGIN, END = b"{\n", b"\n}"
+"""Of a document with fields, as `encoded` spells it."""
 
-def root_document(layout: ParameterLayout) -> dict[str, Any]:
-    """The group of a new run, before it has arrays."""
-    return group_document({ATTRIBUTE: {"format": FORMAT, "layout": layout.to_json()}})
+
+@dataclass(frozen=True)
+class Root:
+    """The group of a run: its ``zarr.json``, and the layout and the identity that stand there.
+
+    `identity` is None in runs of older versions.
+    """
+
+    document: dict[str, Any]
+    layout: ParameterLayout
+    identity: str | None
+
+
+def root_document(layout: ParameterLayout, identity: str | None = None) -> dict[str, Any]:
+    """Return the group of a run without arrays; the identity is known from the first commit on."""
+    known = {} if identity is None else {IDENTITY: identity}
+    return group_document({ATTRIBUTE: {"format": FORMAT, "layout": layout.to_json()}, **known})
+
+
+def with_identity(root: dict[str, Any], identity: str | None) -> dict[str, Any]:
+    """Return the group with an identity, the same group where that is None."""
+    if identity is None:
+        return root
+    return {**root, "attributes": {**root["attributes"], IDENTITY: identity}}
 
 
 def with_arrays(root: dict[str, Any], documents: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -30,11 +55,15 @@ def with_arrays(root: dict[str, Any], documents: dict[str, dict[str, Any]]) -> d
     nodes = dict(documents)
     if any(path.startswith(BUFFERS) for path in documents):
         nodes[BUFFERS] = group_document()
-    return {**root, "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes}}
+    return {**root, CONSOLIDATED: {"kind": "inline", "must_understand": False, "metadata": nodes}}
 
 
-def layout_of_root(objects: Objects) -> ParameterLayout:
-    """The layout of the run; raises `UnsupportedFormatError` if it has another format than this version reads."""
+def read_root(objects: Objects) -> Root:
+    """Read the group of a run.
+
+    Raises `RunNotFoundError` where it is another one's, `UnsupportedFormatError` if it has another format than this
+    version reads, `LayoutError` or `DamagedRunError` where it is damaged.
+    """
     root = read_document(objects, METADATA)
     try:
         ours = require_fields(attribute_of(root, ATTRIBUTE), {"format": object})
@@ -45,15 +74,23 @@ def layout_of_root(objects: Objects) -> ParameterLayout:
             f"{objects.root}: the run has format {shown(ours['format'])}, this version reads format {FORMAT};"
             " update trajkit"
         )
-    return ParameterLayout.from_json(ours.get("layout"))
+    identity = root["attributes"].get(IDENTITY)
+    if identity is not None and not isinstance(identity, str):
+        raise DamagedRunError(f"{objects.root}: {METADATA} has no identity ({shown(identity)}); trajkit repair")
+    return Root(root, ParameterLayout.from_json(ours.get("layout")), identity)
 
 
-def layout_copy(objects: Objects) -> ParameterLayout:
-    """The layout of the run, from its second copy; raises `DamagedRunError` where there is none."""
+def write_layout_copies(objects: Objects, layout: ParameterLayout) -> None:
+    """Write the copies of the layout beside the root's."""
+    objects.replace(dict.fromkeys(LAYOUT_COPIES, canonical_json(layout.to_json())))
+
+
+def layout_copy(objects: Objects, key: str) -> ParameterLayout:
+    """Read a copy of the layout; raise `DamagedRunError` where there is none."""
     try:
-        return ParameterLayout.from_json(parse(read_small(objects, LAYOUT_COPY)))
+        return ParameterLayout.from_json(parse(read_small(objects, key)))
     except ValueError as error:
-        raise DamagedRunError(f"{objects.root}: {LAYOUT_COPY} cannot be read ({error})") from error
+        raise DamagedRunError(f"{objects.root}: {key} cannot be read ({error})") from error
 
 
 def sealed_group(attribute: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +135,22 @@ def read_small(objects: Objects, key: str) -> bytes:
         if error.errno not in DAMAGED_DISK:
             raise
         raise ValueError(error.strerror) from error
+
+
+class RootSpelling:
+    """Spells the ``zarr.json`` of a group that grows: what stays the same, the layout above all, is spelled once."""
+
+    def __init__(self) -> None:
+        self._same: dict[str, Any] = {}
+        self._spelled = b""
+
+    def of(self, root: dict[str, Any]) -> bytes:
+        """Return the group as stored; raise `InputError` where it could not be read again."""
+        same = {name: value for name, value in root.items() if name != CONSOLIDATED}
+        if same != self._same or not self._spelled:
+            self._spelled, self._same = encoded(same, ""), same
+        arrays = encoded({CONSOLIDATED: root[CONSOLIDATED]}, "")
+        return self._spelled[: -len(END)] + b",\n" + arrays[len(BEGIN) :]
 
 
 def write_documents(objects: Objects, documents: Mapping[str, dict[str, Any]]) -> None:

@@ -12,9 +12,12 @@ import numpy as np
 from ..errors import InputError
 from .archive import row_of
 from .damage import Damage
-from .examination import Examination, Progress, examine
+from .examination import Examination, Progress
+from .examine_results import examine_results
+from .examine_run import examine
 from .format import FITS
 from .place import PathLike, objects_at
+from .results import results_beside
 
 Level = Literal["fast", "sampled", "full"]
 
@@ -24,7 +27,9 @@ SAMPLED_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` has found. `leftovers` are keys of an interrupted recording or fit: harmless."""
+    """What `verify` has found. `leftovers` are keys of an interrupted recording or fit: harmless. `notes` are of
+    results: those that were made by older versions, and those whose folders were removed.
+    """
 
     run: Path | str
     level: Level
@@ -36,6 +41,7 @@ class Verification:
     elapsed_s: float
     damages: tuple[Damage, ...]
     leftovers: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -43,12 +49,15 @@ class Verification:
         return not self.damages
 
 
-def verify(place: PathLike, level: Level = "sampled", progress: Progress | None = None) -> Verification:
+def verify(
+    place: PathLike, level: Level = "sampled", progress: Progress | None = None, results: PathLike | None = None
+) -> Verification:
     """Look for damage in the run at a path or URL: missing, truncated, flipped, swapped or emptied objects.
 
     level: ``"fast"`` reads all metadata and looks at the length of every object, ``"sampled"`` hashes those of the
         first and the last epoch and a tenth of the others too, ``"full"`` hashes everything.
     progress: called with the bytes hashed and to hash.
+    results: as for `open_run`: a folder with fits and evaluations beside the run, which are verified as well.
 
     A run may be verified while it is recorded. Raises `RunNotFoundError` where there is no run.
     """
@@ -57,20 +66,36 @@ def verify(place: PathLike, level: Level = "sampled", progress: Progress | None 
     began = time.perf_counter()
     objects = objects_at(place)
     examination = examine(objects, alone=False)
-    chosen = _chosen(examination, level)
-    examination.hash(chosen, progress)
+    examined = [examination, *_examined_beside(examination, results)]
+    chosen = [_chosen(each, level) for each in examined]
+    for each, keys in zip(examined, chosen, strict=True):
+        each.hash(keys, progress)
     return Verification(
         run=objects.root,
         level=level,
         epochs=len(examination.records),
         bad_epochs=examination.bad_epochs,
-        objects=len(examination.committed),
-        hashed=len(chosen),
-        hashed_bytes=sum(examination.committed[key].length for key in chosen),
+        objects=sum(len(each.committed) for each in examined),
+        hashed=sum(map(len, chosen)),
+        hashed_bytes=sum(
+            each.committed[key].length for each, keys in zip(examined, chosen, strict=True) for key in keys
+        ),
         elapsed_s=time.perf_counter() - began,
-        damages=tuple(examination.damages),
-        leftovers=tuple(examination.leftovers),
+        damages=tuple(damage for each in examined for damage in each.damages),
+        leftovers=tuple(key for each in examined for key in each.leftovers),
+        notes=tuple(note for each in examined for note in each.notes),
     )
+
+
+def _examined_beside(run: Examination, folder: PathLike | None) -> list[Examination]:
+    """Return the examination of the results that a folder beside a run has of it; nothing where there is none."""
+    if folder is None or run.lineage is None:
+        return []
+    found = Examination(results_beside(folder, run.objects, run.lineage), layout=run.layout, lineage=run.lineage)
+    examine_results(found)
+    found.compare_lengths(dict(found.objects.lengths("")))
+    found.forget_outdated()
+    return [found]
 
 
 def _chosen(examination: Examination, level: Level) -> list[str]:

@@ -7,7 +7,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..digest import canonical_json
-from ..errors import DamagedRunError, InputError, PathExistsError, RunLockedError
+from ..errors import DamagedRunError, InputError, PathExistsError, RunLockedError, TrajkitError
 from ..layout import ParameterLayout, require_same_layout
 from .archive import committed_documents, place_of, read_all_records
 from .arrays import store, with_rows
@@ -27,7 +27,8 @@ from .format import (
     BUFFERS,
     COMMITS,
     EPOCH,
-    LAYOUT_COPY,
+    IDENTITY,
+    LAYOUT_COPIES,
     LOCKS,
     METADATA,
     PROBE,
@@ -40,17 +41,21 @@ from .format import (
     group_document,
     saves_enough,
 )
+from .origin import identity_of
 from .pieces import PassingWeights, WeightSource
 from .place import Objects, PathLike, is_url, objects_at, require_place
 from .root import (
-    layout_of_root,
-    read_document,
+    RootSpelling,
+    read_root,
     require_readable,
     root_document,
     spelled,
     with_arrays,
+    with_identity,
     write_documents,
+    write_layout_copies,
 )
+from .sources import Source, source_key
 
 WRITER = "writer"
 """The lock of whoever records, and the owner of its temporary files."""
@@ -97,6 +102,7 @@ class ArchiveWriter:
         self.records: tuple[CommitRecord, ...] = ()
         self.layout: ParameterLayout | None = None
         self._root: dict[str, Any] = {}
+        self._root_spelling = RootSpelling()
         self._documents: dict[str, dict[str, Any]] = {}
         self._whole = False
         try:
@@ -172,12 +178,13 @@ class ArchiveWriter:
             where = f"{self._objects.root}: epoch {values.epoch}"
             if self.layout is not None:
                 require_same_layout(layout, self.layout, where)
+                layout = self.layout  # whose hash is known
             weights = PassingWeights(layout, values.weights, probe_index, where, values.finite)
             _require_buffers(layout, values.buffers, where)
             self._whole = False
             record = self._write(layout, values, weights)
             data = require_readable(record.to_bytes(), where)
-            grown = self._grown(record.row + 1)
+            grown = self._grown((*self.records, record))
             self._objects.stage({commit_key(record.row): data} | grown.contents)
             self._objects.sync_names()
             self._require_lock(self._lock.confirmed)
@@ -228,6 +235,14 @@ class ArchiveWriter:
             self._objects.sync_names()
             return tuple(healed)
 
+    def keep_source(self, source: Source) -> None:
+        """Keep what a recorded epoch was recorded from; where that cannot be kept, nothing is lost but a comparison."""
+        with self._one_at_a_time, contextlib.suppress(OSError, TrajkitError):
+            self._require_held()
+            row = bisect_left(self.records, source.epoch, key=lambda record: record.epoch)
+            if row < len(self.records) and self.records[row].epoch == source.epoch:
+                self._objects.replace({source_key(row): source.to_bytes()})
+
     def _is_sound(self, key: str, stored: StoredObject) -> bool:
         try:
             self._objects.sound_file(key, stored.length, stored.hash)
@@ -267,6 +282,7 @@ class ArchiveWriter:
             previous=self.records[-1].hash if row else None,
             objects=written,
             step=values.step,
+            weights=weights.digest,
         )
 
     def _create_arrays(
@@ -276,7 +292,7 @@ class ArchiveWriter:
         self._root = root_document(layout)
         self._documents = all_arrays(layout, probe_index.size, saves_enough(weights.peek()), steps)
         groups = {BUFFERS: group_document()} if layout.buffer_sizes else {}
-        self._objects.replace({LAYOUT_COPY: canonical_json(layout.to_json())})
+        write_layout_copies(self._objects, layout)
         write_documents(self._objects, groups | self._documents)
         written |= store(self._objects.create, PROBE_INDEX, self._documents[PROBE_INDEX], (slice(None),), probe_index)
 
@@ -298,16 +314,21 @@ class ArchiveWriter:
                 written |= store(write, path, grown[path], (here,), np.array([label]))
         return written
 
-    def _grown(self, rows: int) -> _Grown:
-        """The metadata that shows `rows` epochs; `contents` has of it what is not written so already."""
+    def _grown(self, records: Sequence[CommitRecord]) -> _Grown:
+        """Return the metadata that shows these epochs; `contents` has of it what is not written so already."""
+        rows = len(records)
         grown = {
             path: with_rows(document, rows)
             for path, document in self._documents.items()
             if path != PROBE_INDEX and document["shape"][0] < rows
         }
         documents = self._documents | grown
-        root = with_arrays(self._root, documents)
-        return _Grown(root, documents, spelled(grown | ({"": root} if root != self._root else {})))
+        root = self._root if IDENTITY in self._root["attributes"] else with_identity(self._root, identity_of(records))
+        root = with_arrays(root, documents)
+        contents = spelled(grown)
+        if root != self._root:
+            contents[METADATA] = self._root_spelling.of(root)
+        return _Grown(root, documents, contents)
 
     def _grow(self, grown: _Grown) -> None:
         """Make the shapes say what is committed."""
@@ -320,14 +341,15 @@ class ArchiveWriter:
         if not self.records:
             self._clear_unborn()
         else:
-            self._root, self.layout = read_document(self._objects, METADATA), layout_of_root(self._objects)
+            root = read_root(self._objects)
+            self._root, self.layout = root.document, root.layout
             self._documents = committed_documents(self._objects, self.layout, self.records)
             for path in self._documents.keys() - {PROBE_INDEX}:
                 for row in self._objects.names(f"{path}/c"):
                     if row.isdecimal() and int(row) >= len(self.records):
                         self._objects.delete_tree(f"{path}/c/{row}")
                         self._objects.delete(f"{path}/c/{row}")
-            self._grow(self._grown(len(self.records)))
+            self._grow(self._grown(self.records))
         # After a crash nobody knows which names had reached the disk; before the first commit, not even the run's own.
         above = self._objects.above
         self._objects.sync_names(*(above[:1] if self.records else above), "", EPOCH, COMMITS)
@@ -339,7 +361,7 @@ class ArchiveWriter:
         for path in (WEIGHTS, PROBE, PROBE_INDEX, STEP, BUFFERS, f"{EPOCH}/c"):
             self._objects.delete_tree(path)
         self._objects.delete(f"{EPOCH}/{METADATA}")
-        self._objects.delete(LAYOUT_COPY)
+        self._objects.delete(LAYOUT_COPIES[0])
 
     def _require_held(self) -> None:
         self._require_lock(self._lock.held or self._lock.confirmed)  # nobody may have wanted a lease that ran out

@@ -23,6 +23,7 @@ def evaluate(
     fit: str | Decomposition | None = None,
     epochs: Iterable[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    results: PathLike | None = None,
 ) -> Evaluation:
     """Call `function` with the recorded state dict of each epoch, and with the one modelled by `fit`; keep the table.
 
@@ -30,6 +31,7 @@ def evaluate(
     fit: a saved fit, or its name; without, only the recorded weights are evaluated.
     epochs: labels, all recorded ones by default.
     progress: called with the number of calls done and to do.
+    results: as for `open_run`: a folder in which the evaluation is kept, and fits are looked for, beside the run.
 
     The evaluation is saved in the run, beside earlier ones; where that cannot be written, a warning says so.
     Raises `UnknownNameError` for an epoch or fit that does not exist, `InputError` where the function returns
@@ -38,7 +40,7 @@ def evaluate(
     """
     if not callable(function):
         raise InputError(f"function is {function!r:.80}, expected one that takes a state dict; pass a function")
-    run = as_run(run)
+    run = as_run(run, results)
     decomposition = None if fit is None else fit_of(run, fit)
     labels = run.epochs[run.rows_of(epochs)].tolist()
     if not labels:
@@ -71,9 +73,11 @@ def evaluate(
         fit=None if decomposition is None else decomposition.name,
         evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"),
         epochs=tuple(table),
+        origin=run.archive.lineage.origin_of(labels),
     )
     try:
-        save_evaluation(run.archive.objects, evaluation)
+        with run.results.saving() as objects:
+            save_evaluation(objects, evaluation)
     except OSError as error:
         warnings.warn(f"the evaluation is not kept in the run: {error}", RuntimeWarning, stacklevel=2)
     return evaluation

@@ -19,15 +19,16 @@ from ..kernels.fused import fit_block_fused
 from ..kernels.lines import Kind, ReferenceChoice, Weighting
 from ..kernels.running import ReferenceMoments, RunningBlock, checked_candidates, checked_decay
 from ..kernels.sampling import Sampling
-from ..layout import ParameterLayout, TensorEntry
+from ..layout import TensorEntry
 from ..pipeline import fit
 from ..pipeline.sampling import SampleChoice
 from ..replay import n_candidates, start_of
 from ..run import PathLike
 from ..vector import is_spread
-from .model import RecordedModel, buffers_of, is_sharded, parameters_of, plain_copy
+from .model import RecordedModel, warn_of_stubs
 from .moments import ModelMoments
 from .warmup import LateRecording, Recording, tracked_layout, warm_up
+from .wrapping import PlainNames, plain_copy, require_whole
 
 Model = nn.Module
 STATE_VERSION = 2
@@ -65,8 +66,9 @@ class OnlineCMD:
     use_buffers: model floating buffers, such as BatchNorm's statistics, as weights are, variances at least 0; else the
         modelled model has the buffers of the trained one.
 
-    A model may come plain or in `DistributedDataParallel`, `DataParallel`, `torch.compile` or `AveragedModel`, and
-    otherwise at the next call. In a distributed training each process keeps its own, all of them the same.
+    A model may come plain or in `DistributedDataParallel`, `DataParallel`, `torch.compile`, `AveragedModel` or the
+    like, around it or around submodules, and otherwise at the next call. In a distributed training each process keeps
+    its own, all of them the same.
 
     bfloat16, float16 and float64 weights are modelled in float32. Raises `InputError` for settings that cannot be met,
     `LayoutError` naming a tensor that cannot be modelled.
@@ -101,8 +103,12 @@ class OnlineCMD:
         }
         self._use_buffers = bool(use_buffers)
         with placed("the model"):
-            self._layout = _layout(model)
-        self._tracked = tracked_layout(self._layout, self._use_buffers)
+            require_whole(model, PlainNames(model).parameters())
+            recorded = RecordedModel(model)
+            self._layout = recorded.layout(recorded.tensors())
+        warn_of_stubs(self._layout)
+        self._own = recorded.own_names(self._layout)
+        self._tracked = tracked_layout(self._layout, self._use_buffers, self._own)
         # A run of one's own holds what is modelled; a recorded one all that the model has.
         self._warm_up = warm_up(self._tracked if run is None else self._layout, run)
         self._model = model
@@ -220,7 +226,7 @@ class OnlineCMD:
         self._require_own_weights()
         self._require_usable()
         tensors = self.tensors_of(model)
-        mine = (tensors if self._moments is not None else {}) | buffers_of(model)
+        mine = (tensors if self._moments is not None else {}) | PlainNames(model).buffers()
         before = {name: tensor.detach().clone() for name, tensor in mine.items()}
         self._swapped = True
         try:
@@ -287,22 +293,28 @@ class OnlineCMD:
             )
 
     def tensors_of(self, model: Model) -> dict[str, Tensor]:
-        """The tensors that are modelled, by name; raises `LayoutError` where they have changed."""
-        every = parameters_of(model) | (buffers_of(model) if self._use_buffers else {})
-        tensors = {}
-        for entry in self._tracked.tensors:
-            tensor = every.get(entry.name)
-            if tensor is None or tensor.shape != entry.shape or is_spread(tensor):
-                with placed("the model"):
-                    _require_whole(model, every)
-                found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-                raise LayoutError(
-                    f"the model: '{entry.name}' is {found}, this online CMD was made for {entry.shape};"
-                    " make one for this model"
-                )
-            tensors[entry.name] = tensor
+        """Return the tensors that are modelled, by name; raise `LayoutError` where they have changed."""
+        tensors = self.tensors_anywhere(model)
         if self._moments is not None:
             self._moments.require_devices(tensors)
+        return tensors
+
+    def tensors_anywhere(self, model: Model) -> dict[str, Tensor]:
+        """Return what `tensors_of` does, also where the model has moved to another device."""
+        tensors = {}
+        with placed("the model"):
+            names = PlainNames(model)
+            every = names.parameters() | (names.buffers() if self._use_buffers else {})
+            for entry in self._tracked.tensors:
+                tensor = every.get(self._own[entry.name])
+                if tensor is None or tensor.shape != entry.shape or is_spread(tensor):
+                    require_whole(model, every)
+                    found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                    raise LayoutError(
+                        f"'{entry.name}' is {found}, this online CMD was made for {entry.shape};"
+                        " make one for this model"
+                    )
+                tensors[entry.name] = tensor
         return tensors
 
     def _fitted(self, tensors: Mapping[str, Tensor]) -> ModelMoments:
@@ -335,9 +347,10 @@ class OnlineCMD:
     def _refresh(self, module: nn.Module) -> None:
         """Give a copy of the model the CMD weights, and what is not modelled from the model."""
         with torch.no_grad():
-            theirs = parameters_of(self._model) | buffers_of(self._model)
-            mine = parameters_of(module) | buffers_of(module)
-            modelled = set(self._tracked.names()) if self._moments is not None else set()
+            theirs, mine = (names.parameters() | names.buffers() for names in map(PlainNames, (self._model, module)))
+            modelled = (
+                {self._own[entry.name] for entry in self._tracked.tensors} if self._moments is not None else set()
+            )
             for name, tensor in mine.items():
                 if name not in modelled:
                     tensor.copy_(theirs[name])
@@ -368,22 +381,6 @@ def require_same_settings(found: Mapping[str, Any], mine: Mapping[str, Any]) -> 
             raise InputError(
                 f"the state was taken with {name}={found.get(name)!r}, this has {mine.get(name)!r}; make it the same"
             )
-
-
-def _layout(model: Model) -> ParameterLayout:
-    _require_whole(model, parameters_of(model))
-    recorded = RecordedModel(model)
-    return recorded.layout(recorded.tensors())
-
-
-def _require_whole(model: Model, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `LayoutError` for a model of which each process has but a part."""
-    spread = next((name for name, tensor in tensors.items() if is_spread(tensor)), None)
-    if spread is not None or is_sharded(model):
-        raise LayoutError(
-            f"{repr(spread) if spread else 'each tensor'} is spread over processes, by FSDP or the like, expected all"
-            " weights in each of them; record the training, and run 'trajkit online' on its run"
-        )
 
 
 def _start_of_buffer(

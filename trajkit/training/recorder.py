@@ -18,7 +18,7 @@ from ..store.forecast import Forecast, forecast
 from ..vector import is_spread
 from .background import Committer, Snapshot
 from .launching import RUN_VARIABLE
-from .model import Patterns, RecordedModel
+from .model import Patterns, RecordedModel, warn_of_stubs
 from .ranks import Word, refusal, require_granted, this_rank
 from .snapshot import gather_for_another, is_pinnable
 
@@ -46,9 +46,10 @@ class Recorder:
     Without `path`, the run is the one that ``trajkit record RUN -- command`` names in TRAJKIT_RUN. A path that holds a
     run of the same layout is continued.
 
-    What `DistributedDataParallel`, `DataParallel`, `torch.compile` and `AveragedModel` wrap is recorded by the names of
-    the plain model. In a distributed training, rank 0 records; other ranks may do the same calls, and have to where
-    parameters are spread over them (FSDP2): those are gathered one by one.
+    Weights are the model's parameters, under the names that its state dict gives them; wrappers such as
+    `DistributedDataParallel`, `torch.compile`, `AveragedModel` and activation checkpointing do not show in names. Extra
+    state of modules (`get_extra_state`) is left out. In a distributed training, rank 0 records; other ranks may do the
+    same calls, and have to where parameters are spread over them (FSDP): those of FSDP2 are gathered one by one.
 
     fsync: an epoch that was committed survives a power cut; without, a killed process.
     nonfinite: ``"raise"`` refuses an epoch with NaN or infinite weights, ``"record"`` keeps it.
@@ -57,7 +58,7 @@ class Recorder:
 
     Raises `LayoutError` naming the tensor where the model does not fit the run or cannot be recorded, `RunLockedError`
     while another writer holds the run, `PathExistsError` where `path` holds something else, and `InputError` for a
-    pattern that no tensor has.
+    pattern that no tensor has, or what is no `torch.nn.Module`.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Recorder:
         self._elsewhere: list[int] = []
         with placed(f"{self.path}: the model"):
             self._model = RecordedModel(model, include, exclude, trainable_only)
+            self._model.require_tensors()
             layout = self._model.layout(self._model.tensors())
+        warn_of_stubs(layout)
         if this_rank() == 0:
             self._committer = self._opened(layout, fsync, nonfinite)
             self._end = weakref.finalize(self, self._committer.end)

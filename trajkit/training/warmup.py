@@ -8,7 +8,7 @@ import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError
-from ..layout import ParameterLayout, TensorEntry, require_same_layout
+from ..layout import ParameterLayout, require_same_layout
 from ..run import PathLike, Run, RunWriter, open_run
 from ..store.format import LOCKS, PROBE
 from ..store.lock import is_abandoned
@@ -266,14 +266,16 @@ class PassingModel:
         return values
 
 
-def tracked_layout(layout: ParameterLayout, use_buffers: bool) -> ParameterLayout:
-    """The weights of a model and, with `use_buffers`, its floating buffers."""
-    return ParameterLayout.of(entry for entry in layout.tensors if is_tracked(entry, use_buffers))
+def tracked_layout(layout: ParameterLayout, use_buffers: bool, own: Collection[str]) -> ParameterLayout:
+    """Return the layout of the weights of a model and, with `use_buffers`, of its floating buffers.
 
-
-def is_tracked(entry: TensorEntry, use_buffers: bool) -> bool:
-    """Whether online CMD models a tensor."""
-    return entry.kind == "weight" or (use_buffers and "float" in entry.dtype)
+    own: Names of the tensors that the model has, where `layout` also holds what its state dict makes anew.
+    """
+    return ParameterLayout.of(
+        entry
+        for entry in layout.tensors
+        if entry.kind == "weight" or (use_buffers and "float" in entry.dtype and entry.name in own)
+    )
 
 
 def _own_run(layout: ParameterLayout, state: Mapping[str, Any]) -> OwnRun:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...run import PathLike
-from ..model import buffers_of, parameters_of
 from ..online import OnlineCMD
 from ..warmup import LateRecording
 from .recording import TrainerRecording
@@ -75,7 +74,7 @@ class TrainerCMD:
 
     def leave(self, modelled: Mapping[str, Tensor]) -> None:
         """Leave these weights in the model, wherever it is by now."""
-        tensors = parameters_of(self._model) | buffers_of(self._model)
+        tensors = self.cmd.tensors_anywhere(self._model) if modelled else {}
         with torch.no_grad():
             for name, tensor in modelled.items():
                 tensors[name].copy_(tensor)
