@@ -106,6 +106,7 @@ class _Repairer:
         yield from self._renew_objects()
         yield from self._mark_rows()
         yield from self._set_aside()
+        yield from self._renew_ledger()
         self._objects.sync_names()
 
     def _renew_documents(self) -> Iterator[str]:
@@ -118,10 +119,6 @@ class _Repairer:
             key = metadata_key(path)
             if key in self._damaged:
                 self._renew(key, encoded(self._with_attributes(key, document), path))
-                yield f"{key} written again"
-        for key in self._damaged:
-            if key.startswith(f"{LEDGER}/"):
-                self._renew(*ledger_entry(*key.removeprefix(f"{LEDGER}/").removesuffix(SUFFIX).split("/")))
                 yield f"{key} written again"
 
     def _with_attributes(self, key: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +216,14 @@ class _Repairer:
             self._move_aside(key)
         if rows:
             yield f"{len(rows)} objects of an interrupted recording moved to {self._aside}"
+
+    def _renew_ledger(self) -> Iterator[str]:
+        """Enter again the results that are there and whose entry is damaged."""
+        for key in self._damaged:
+            kind, _, name = key.removeprefix(f"{LEDGER}/").removesuffix(SUFFIX).partition("/")
+            if key.startswith(f"{LEDGER}/") and self._objects.exists(f"{kind}/{name}/{METADATA}"):
+                self._renew(*ledger_entry(kind, name))
+                yield f"{key} written again"
 
     def _set_fit_aside(self, prefix: str) -> bool:
         """Move a fit, unless somebody has begun to write it again, or has done so, since it was looked at."""
